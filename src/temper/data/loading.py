@@ -1,0 +1,233 @@
+"""Data from a spec: files, built-in sets, assets, and the hub; and records back to files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from temper.core.errors import ConfigError, DataError, NeedsError, StoreError, nearest
+from temper.core.spec import DataSpec, parse_data
+from temper.data.columns import check_schema, from_row, infer_schema
+from temper.data.readers import NumberedRow, read_rows, rows_of
+from temper.data.schemas import Captioned, Data, Record, to_row
+
+__all__ = ["builtin_names", "load_data", "write_jsonl"]
+
+BUILTIN = Path(__file__).parent / "builtin"
+SPLITS = ("train", "test", "validation", "dev", "val")
+
+Schemas = Mapping[str, str]
+
+
+def load_data(
+    spec: str | Mapping[str, str],
+    schemas: Mapping[str, str] | str | None = None,
+    *,
+    limit: int | None = None,
+) -> Data:
+    """The data that a spec names, checked row by row.
+
+    spec     "FILE" gives one part, "train" (or the only part that `schemas` wants); a mapping names
+             the parts; `builtin:NAME`, `asset:NAME` and `hub:owner/name` give all their parts,
+             `:PART` at the end one
+    schemas  one schema for all parts, or part -> schema, a part ending in "?" may be missing; what is
+             not given is inferred from the columns
+    limit    rows to read of each part, from its beginning
+
+    Raises DataError for bad rows, ConfigError for bad specs and missing parts.
+    """
+    wanted = _wanted(schemas)
+    sources = {"": spec} if isinstance(spec, str) else dict(spec)
+    if not sources:
+        raise ConfigError("No data is named", cure="Give a data spec, or part=spec.")
+    parts: dict[str, tuple[Record, ...]] = {}
+    for part, text in sources.items():
+        found = _open(parse_data(text), wanted if not part else {})
+        if part:
+            found = {part: _only(found, text)}
+        for name, rows in found.items():
+            schema = schemas if isinstance(schemas, str) else wanted.get(name)
+            parts[name] = tuple(_records(rows, schema, name, limit))
+    data = Data(parts, _describe(spec))
+    _check_parts(data, schemas)
+    return data
+
+
+def _describe(spec: str | Mapping[str, str]) -> str:
+    return spec if isinstance(spec, str) else " ".join(f"{part}={text}" for part, text in spec.items())
+
+
+def _wanted(schemas: Schemas | str | None) -> dict[str, str]:
+    """Part -> schema without the question marks; every schema name checked."""
+    if isinstance(schemas, str):
+        check_schema(schemas)
+        return {}
+    return {part.removesuffix("?"): check_schema(name) for part, name in (schemas or {}).items()}
+
+
+def _check_parts(data: Data, schemas: Schemas | str | None) -> None:
+    needed = [] if isinstance(schemas, str) else [p for p in schemas or {} if not p.endswith("?")]
+    missing = [part for part in needed if part not in data]
+    if missing:
+        example = " ".join(f"--data {part}=FILE" for part in needed)
+        raise ConfigError(
+            f"The data has no part {missing[0]!r}; it has {', '.join(map(repr, data))}",
+            where=data.source,
+            cure=f"Name the parts: {example}.",
+        )
+
+
+Rows = Iterator[NumberedRow]
+
+
+def _open(spec: DataSpec, wanted: Schemas) -> dict[str, Rows]:
+    """Part -> its rows, not read yet."""
+    if spec.kind == "file":
+        return {next(iter(wanted)) if len(wanted) == 1 else Data.default_part: read_rows(Path(spec.name))}
+    if spec.kind == "builtin":
+        return _choose(_folder_parts(_builtin(spec.name)), spec)
+    if spec.kind == "asset":
+        from temper.data.assets import fetch
+
+        return _choose(_folder_parts(fetch(spec.name)), spec)
+    if spec.kind == "hub":
+        return _hub(spec)
+    raise ConfigError(
+        f"{spec.name!r} is neither a file nor an earlier step",
+        cure="Use builtin:NAME, asset:NAME, hub:owner/name or a .jsonl, .json, .csv or .parquet file; "
+        "a step's id works only inside a recipe, after that step.",
+    )
+
+
+def _only(found: dict[str, Rows], text: str) -> Rows:
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if Data.default_part in found:
+        return found[Data.default_part]
+    raise ConfigError(
+        f"{text!r} has several parts", cure=f"Choose one: {', '.join(f'{text}:{p}' for p in found)}."
+    )
+
+
+def builtin_names() -> list[str]:
+    """The names of the built-in sets."""
+    return sorted(p.name.replace("_", "-") for p in BUILTIN.iterdir() if any(p.glob("*.jsonl")))
+
+
+def _builtin(name: str) -> Path:
+    names = builtin_names()
+    if name not in names:
+        raise ConfigError(f"There is no built-in set {name!r}", cure=nearest(name, names))
+    plain = BUILTIN / name
+    return plain if plain.is_dir() else BUILTIN / name.replace("-", "_")
+
+
+def _folder_parts(folder: Path) -> dict[str, Rows]:
+    """One part for each `<part>.jsonl` of a folder."""
+    return {path.stem: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
+
+
+def _choose(found: dict[str, Rows], spec: DataSpec) -> dict[str, Rows]:
+    """All parts, or the one that the spec's last field names."""
+    if not found:
+        raise ConfigError(f"{str(spec)!r} holds no rows of text", cure="It is a model; use it as a system.")
+    if not spec.fields:
+        return found
+    part = spec.fields[-1]
+    if len(spec.fields) > 1 or part not in found:
+        raise ConfigError(
+            f"{spec.kind}:{spec.name} has no part {':'.join(spec.fields)!r}", cure=nearest(part, found)
+        )
+    return {part: found[part]}
+
+
+def _hub(spec: DataSpec) -> dict[str, Rows]:
+    """A data set of the hub, through `datasets`; one field is a split if it looks like one."""
+    try:
+        import datasets
+    except ImportError:
+        raise NeedsError(
+            "Hub data needs datasets", where=str(spec), cure="pip install 'temper-ml[data]'"
+        ) from None
+    config, split = _hub_fields(spec)
+    try:
+        loaded = datasets.load_dataset(spec.name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The hub did not give it: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where=str(spec),
+            cure="Check the name, config and split, the network, and HF_HUB_OFFLINE.",
+        ) from error
+    if split:
+        return {split.partition("[")[0]: rows_of(iter(loaded), str(spec))}
+    return {str(name): rows_of(iter(rows), f"{spec}:{name}") for name, rows in loaded.items()}
+
+
+def _hub_fields(spec: DataSpec) -> tuple[str | None, str | None]:
+    if len(spec.fields) > 2:
+        raise ConfigError(f"{str(spec)!r} has too many fields", cure="Write hub:owner/name[:config][:split].")
+    if len(spec.fields) == 2:
+        return spec.fields[0], spec.fields[1]
+    if spec.fields and spec.fields[0].partition("[")[0] in SPLITS:
+        return None, spec.fields[0]
+    return (spec.fields[0] if spec.fields else None), None
+
+
+def _records(rows: Rows, schema: str | None, part: str, limit: int | None) -> Iterator[Record]:
+    """Checked records; a row without an id is named after its part and its number."""
+    seen: dict[str, int] = {}
+    for values, place in islice(rows, limit):
+        if schema is None:
+            schema = infer_schema(list(values) if isinstance(values, Mapping) else [], place)
+        record = from_row(values, schema, place, default_id=f"{part}-{place.row}")
+        if record.id in seen:
+            raise place.error(
+                f"The id {record.id!r} stands already in {place.unit} {seen[record.id]}",
+                column="id",
+                cure="Give every row an id of its own, or none.",
+            )
+        seen[record.id] = place.row
+        yield record
+
+
+def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
+    """Write records as JSON lines; the file appears whole or not at all. Raises StoreError."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise StoreError(f"The folder cannot be written: {error.strerror}", where=str(path.parent)) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(_line(record) for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise StoreError(
+                f"The file cannot be written: {error.strerror}", where=str(path), cure="Free some space."
+            ) from error
+        raise
+
+
+def _line(record: Record) -> str:
+    row = to_row(record)
+    if isinstance(record, Captioned):
+        row["image"] = os.path.abspath(record.image)  # the new file may lie in another folder
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
