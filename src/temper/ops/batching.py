@@ -1,0 +1,181 @@
+"""Token rows as models take them: records encoded with their scored tokens, padded batches, batches by token budget.
+
+A token is *scored* when it counts in a loss or a log-probability; the model predicts it from the tokens before it,
+so the first token of a row never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from temper.core.errors import DataError
+from temper.core.types import Message, Run
+from temper.data.schemas import Dialogue, Text, ToolCalls
+
+if TYPE_CHECKING:
+    from temper.systems.causal_lm import CausalLM
+    from temper.systems.chat import Rendered
+
+__all__ = [
+    "Batch",
+    "Example",
+    "PromptReply",
+    "TrainOn",
+    "collate",
+    "encode",
+    "pad_id",
+    "plan_batches",
+    "token_budget_batches",
+]
+
+TrainOn = Literal["assistant", "last", "all"]
+PromptReply = tuple[Sequence[Message], str]
+
+
+class Example(NamedTuple):
+    """One row of token ids; `scored[t]` says whether token t counts, and is False at t = 0."""
+
+    ids: list[int]
+    scored: list[bool]
+
+
+class Batch(NamedTuple):
+    """Padded rows; `rows` are their places in the caller's sequence, `side` is where the padding stands."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    """True for real tokens."""
+    scored_BT: Tensor
+    rows: list[int]
+    side: str = "right"
+
+
+def encode(
+    system: CausalLM,
+    record: Dialogue | ToolCalls | Text | PromptReply,
+    *,
+    train_on: TrainOn = "assistant",
+    max_tokens: int | None = None,
+    where: str = "",
+) -> Example:
+    """A record as ids and scored tokens; a longer row keeps its first `max_tokens` tokens.
+
+    A dialogue scores its assistant turns with their end-of-turn tokens, only the "last" one, or "all" tokens.
+    A (prompt, reply) pair scores the reply. A Text scores everything after its first token. Raises DataError,
+    naming the row, when no token is scored; `where` names it if the record has no id.
+    """
+    if isinstance(record, Text):
+        ids, scored = _plain_text(system, record.text)
+    else:
+        messages, train_on = _messages(record, train_on)
+        rendered = system.chat.dialogue(messages)
+        ids, scored = list(rendered.ids), _scored(rendered, train_on)
+    place = where or f"row {getattr(record, 'id', '') or '(without id)'}"
+    if not any(scored):
+        raise DataError(
+            "The row has no token to score",
+            where=place,
+            cure="Give it a non-empty assistant message, or train_on=all.",
+        )
+    example = Example(ids[:max_tokens], scored[:max_tokens])
+    if not any(example.scored):
+        raise DataError(
+            f"The reply is truncated away: it begins at token {scored.index(True)} and max_tokens is {max_tokens}",
+            where=place,
+            cure=f"Raise max_tokens (the row has {len(ids)} tokens), or shorten or drop the row.",
+        )
+    return example
+
+
+def _messages(
+    record: Dialogue | ToolCalls | PromptReply, train_on: TrainOn
+) -> tuple[Sequence[Message], TrainOn]:
+    if isinstance(record, (Dialogue, ToolCalls)):
+        return record.messages, train_on
+    prompt, reply = record
+    return [*prompt, Message("assistant", reply)], "all" if train_on == "all" else "last"
+
+
+def _scored(rendered: Rendered, train_on: TrainOn) -> list[bool]:
+    """Which tokens of a rendered dialogue count; never the first."""
+    if train_on == "all":
+        return [position > 0 for position in range(len(rendered.ids))]
+    spans = [span for span in rendered.spans if span.role == "assistant"]
+    scored = [False] * len(rendered.ids)
+    for span in spans[-1:] if train_on == "last" else spans:
+        for position in range(max(span.start, 1), span.end):
+            scored[position] = True
+    return scored
+
+
+def _plain_text(system: CausalLM, text: str) -> tuple[list[int], list[bool]]:
+    """Ids of a text, control strings in it spelt out as ordinary text; the tokenizer's own first token stays."""
+    tokenizer = system.tokenizer
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # What the tokenizer puts before every text (a beginning-of-text token for some, nothing for others).
+    head = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    ids = [*head, *ids] if head and head[0] == tokenizer.bos_token_id else list(ids)
+    return ids, [position > 0 for position in range(len(ids))]
+
+
+def pad_id(system: CausalLM) -> int:
+    """The id that fills a batch: the tokenizer's padding, else its end-of-text token, else 0."""
+    tokenizer = system.tokenizer
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    device: str | torch.device = "cpu",
+    side: Literal["left", "right"] = "right",
+    rows: Sequence[int] | None = None,
+) -> Batch:
+    """The examples as one padded batch; `rows` are their places, 0, 1, ... unless given."""
+    if not examples:
+        raise DataError("There are no rows to batch", cure="Give at least one.")
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    scored = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        size = len(example.ids)
+        place = slice(0, size) if side == "right" else slice(longest - size, longest)
+        ids[row, place] = torch.tensor(example.ids, dtype=torch.long)
+        mask[row, place] = True
+        scored[row, place] = torch.tensor(example.scored, dtype=torch.bool)
+    places = list(range(len(examples))) if rows is None else list(rows)
+    return Batch(ids.to(device), mask.to(device), scored.to(device), places, side)
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int, *, overhead: int = 64) -> list[list[int]]:
+    """Indices in batches of at most `budget` tokens, padding included; longest rows first, ties in order.
+
+    A row longer than the budget stands alone. A batch also ends where shorter rows would fill more than `overhead`
+    tokens with padding: what a batch of its own costs, counted in tokens.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for rank, index in enumerate(order):
+        room = budget // max(longest, 1) - len(batches[-1]) if batches else 0
+        wasted = (longest - lengths[index]) * min(room, len(order) - rank)
+        if room < 1 or wasted > overhead:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def plan_batches(lengths: Sequence[int], run: Run) -> list[list[int]]:
+    """Batches by the run's token budget; in exact mode every row stands alone, so that no budget changes a bit."""
+    if run.exact:
+        return [[index] for index in range(len(lengths))]
+    return token_budget_batches(lengths, run.batch_tokens)

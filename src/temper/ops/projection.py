@@ -1,0 +1,246 @@
+"""The vocabulary projection at chosen positions only: hidden states that reach the head, log-probabilities in chunks.
+
+The projection of every position is a quarter of a small model's work and most of its memory, and nearly all of it is
+thrown away. Here the head sees the wanted positions only, and no more than a chunk of logits exists at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from temper.core.errors import ModelError
+
+__all__ = [
+    "CHUNK_LOGITS",
+    "Hidden",
+    "gather_logprobs",
+    "head_is_plain",
+    "head_of",
+    "selected_logits",
+    "token_logprobs",
+    "wanted_hidden",
+]
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at once in one chunk (64 MiB in float32)."""
+
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The module that projects to the vocabulary; raises ModelError for a model without one."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ModelError(
+            f"{type(model).__name__} has no vocabulary projection", cure="Use a causal language model."
+        )
+    return head
+
+
+@contextmanager
+def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(args[0]), *args[1:])
+
+    handle = head_of(model).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Hidden(NamedTuple):
+    """What the head gets at the chosen positions, row by row, and how many ids it gives logits for."""
+
+    hidden_SD: Tensor
+    num_ids: int
+
+
+def wanted_hidden(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) -> Hidden:
+    """The hidden states that reach the head at the chosen positions; the head itself runs on one position."""
+    caught: list[Tensor] = []
+
+    def catch(hidden_BTD: Tensor) -> Tensor:
+        caught.append(_select(hidden_BTD, at_BT))
+        return hidden_BTD[:1, :1]
+
+    with _head_input(model, catch):
+        logits = model(**inputs, use_cache=False).logits
+    return Hidden(caught[0], logits.shape[-1])
+
+
+def selected_logits(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) -> Tensor:
+    """The model's own logits at the chosen positions, (S, V), with whatever it does to them after the head."""
+    with _head_input(model, lambda hidden_BTD: _select(hidden_BTD, at_BT)[None]):
+        return model(**inputs, use_cache=False).logits[0]
+
+
+def _select(hidden_BTD: Tensor, at_BT: Tensor) -> Tensor:
+    # Virtual tokens of a soft prompt stand before the row's own.
+    return hidden_BTD[:, hidden_BTD.shape[1] - at_BT.shape[1] :][at_BT]
+
+
+def head_is_plain(model: nn.Module) -> bool:
+    """Whether the model's logits are its head's output, neither capped nor scaled; found out once by one token."""
+    if model not in _PLAIN:
+        _PLAIN[model] = _probe(model)
+    return _PLAIN[model]
+
+
+def _probe(model: nn.Module) -> bool:
+    ramp: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
+        # Far from 0, where a cap or a factor shows whatever the weights are.
+        ramp.append(
+            torch.linspace(-100, 100, logits.shape[-1], device=logits.device)
+            .expand_as(logits)
+            .to(logits.dtype)
+        )
+        return ramp[0]
+
+    handle = head_of(model).register_forward_hook(replace)
+    training = model.training
+    try:
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+            logits = model.eval()(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+        model.train(training)
+    return torch.equal(logits[:, -1:].float(), ramp[0][:, -1:].float())
+
+
+def token_logprobs(head: nn.Module, hidden_SD: Tensor, target_S: Tensor, num_ids: int) -> Tensor:
+    """Log-probability of each target under softmax(head(hidden)), (S,), float32, with gradient to hidden and head.
+
+    `num_ids` is the vocabulary's size. At any chunk size it equals
+    `head(hidden_SD).float().log_softmax(-1).gather(-1, target_S[:, None])[:, 0]`.
+    """
+    if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+        dtype = _compute_dtype(hidden_SD)
+        weight = head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return _LinearLogprobs.apply(hidden_SD.to(dtype), weight, bias, target_S)  # type: ignore[no-any-return]
+    size = _chunk_rows(num_ids)
+    parts = zip(hidden_SD.split(size), target_S.split(size), strict=True)
+    return torch.cat([_module_chunk(head, hidden, target) for hidden, target in parts])
+
+
+def _chunk_rows(num_ids: int) -> int:
+    return max(1, CHUNK_LOGITS // num_ids)
+
+
+def _compute_dtype(hidden_SD: Tensor) -> torch.dtype:
+    device = hidden_SD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_SD.dtype
+
+
+def _module_chunk(head: nn.Module, hidden_SD: Tensor, target_S: Tensor) -> Tensor:
+    """A chunk through any head (wrapped, quantised, adapted), its logits computed again in the backward pass."""
+
+    def chunk(hidden: Tensor) -> Tensor:
+        return gather_logprobs(head(hidden), target_S)
+
+    if not torch.is_grad_enabled():
+        return chunk(hidden_SD)
+    return checkpoint(chunk, hidden_SD, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def gather_logprobs(logits_SV: Tensor, target_S: Tensor) -> Tensor:
+    """Log-probability of each target, (S,), in float32."""
+    logits_SV = logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
+    return logits_SV.gather(-1, target_S[:, None])[:, 0] - logits_SV.logsumexp(-1)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probabilities of a linear head, chunk by chunk; no chunk's logits outlive it.
+
+    With d log p(y) / d hidden = W[y] - sum_v p(v) W[v], the hidden states' gradient needs no logits once that
+    vector is known, so a frozen head keeps it from the forward pass, (S, D), and never projects twice.
+    A trained head needs sum_s g_s (onehot_s - p_s) hidden_s, hence p again, in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_S: Tensor
+    ) -> Tensor:
+        size = _chunk_rows(weight_VD.shape[0])
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        slopes = ctx.needs_input_grad[0] and not trained
+        kept = torch.empty_like(hidden_SD) if slopes else None
+        logp = [torch.zeros(0, device=hidden_SD.device)]
+        with torch.autocast(hidden_SD.device.type, enabled=False):
+            for start in range(0, len(hidden_SD), size):
+                part = slice(start, start + size)
+                logits = _logits(hidden_SD[part], weight_VD, bias_V)
+                lse = logits.logsumexp(-1)
+                logp.append(logits.gather(-1, target_S[part, None])[:, 0] - lse)
+                if kept is not None:
+                    kept[part] = _slope(logits, lse, target_S[part], weight_VD)
+        if kept is not None:
+            ctx.save_for_backward(kept)
+        elif trained:
+            ctx.save_for_backward(hidden_SD, weight_VD, bias_V, target_S)
+        ctx.trained, ctx.size = trained, size
+        return torch.cat(logp[1:] or logp)
+
+    @staticmethod
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_S.device.type, enabled=False):
+            if not ctx.trained:
+                (kept,) = ctx.saved_tensors
+                return kept * grad_S[:, None].to(kept.dtype), None, None, None
+            return (*_trained_backward(ctx, grad_S), None)
+
+
+def _logits(hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits = nn.functional.linear(hidden_SD, weight_VD, bias_V)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _slope(logits_SV: Tensor, lse_S: Tensor, target_S: Tensor, weight_VD: Tensor) -> Tensor:
+    """Gradient of log p(target) by the hidden state; writes over the logits."""
+    probs = logits_SV.sub_(lse_S[:, None]).exp_().to(weight_VD.dtype)
+    return weight_VD[target_S] - probs @ weight_VD
+
+
+def _trained_backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    hidden_SD, weight_VD, bias_V, target_S = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    d_hidden = torch.empty_like(hidden_SD) if needs_hidden else None
+    # Summed in float32 even where the products are bfloat16: many chunks add up here.
+    d_weight = torch.zeros_like(weight_VD, dtype=grad_S.dtype) if needs_weight else None
+    d_bias = torch.zeros_like(bias_V, dtype=grad_S.dtype) if needs_bias else None
+    for start in range(0, len(hidden_SD), ctx.size):
+        part = slice(start, start + ctx.size)
+        logits = _logits(hidden_SD[part], weight_VD, bias_V)
+        slope_SV = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().neg_()
+        slope_SV[torch.arange(len(slope_SV), device=slope_SV.device), target_S[part]] += 1
+        slope_SV.mul_(grad_S[part, None])
+        low = slope_SV.to(weight_VD.dtype)
+        if d_hidden is not None:
+            d_hidden[part] = low @ weight_VD
+        if d_weight is not None:
+            _add_product(d_weight, low.T, hidden_SD[part])
+        if d_bias is not None:
+            d_bias += slope_SV.sum(0)
+    return d_hidden, _to(d_weight, weight_VD), _to(d_bias, bias_V)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _to(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if grad is None or like is None else grad.to(like.dtype)
