@@ -197,12 +197,18 @@ def _between(threshold: Array, at: int) -> float:
 def gate_rule(p_NC1: Array, threshold_C: Array, selected_C: Array) -> Array:
     """The leading refusal category, if selected, is emitted iff it reaches its threshold, else "respond".
 
-    A leading category that is not selected leaves the model's own argmax over the given columns.
+    A leading category that is not selected leaves the model's own argmax over the given columns. A negative
+    threshold compares with "respond" instead.
     """
     leader = p_NC1[:, :-1].argmax(axis=1)
-    reached = p_NC1[np.arange(len(p_NC1)), leader] >= threshold_C[leader]
+    reached = p_NC1[np.arange(len(p_NC1)), leader] >= _bar(p_NC1, threshold_C[leader])
     gated = np.where(reached, leader, p_NC1.shape[1] - 1)
     return np.where(selected_C[leader], gated, p_NC1.argmax(axis=1))
+
+
+def _bar(p_NC1: Array, threshold_N: Array) -> Array:
+    """What a refusal must reach: its threshold, or the probability of "respond" where that is negative."""
+    return np.where(threshold_N < 0, p_NC1[:, -1], threshold_N)
 
 
 def sum_rule(p_NC1: Array, threshold_C: Array, selected_C: Array) -> Array:
@@ -210,7 +216,7 @@ def sum_rule(p_NC1: Array, threshold_C: Array, selected_C: Array) -> Array:
     chosen = np.where(selected_C, p_NC1[:, :-1], -np.inf)
     leader = chosen.argmax(axis=1)
     total = np.where(selected_C, p_NC1[:, :-1], 0.0).sum(axis=1)
-    return np.where(total >= threshold_C[leader], leader, p_NC1.shape[1] - 1)
+    return np.where(total >= _bar(p_NC1, threshold_C[leader]), leader, p_NC1.shape[1] - 1)
 
 
 def ratio_rule(p_NC1: Array, threshold_C: Array, selected_C: Array) -> Array:
