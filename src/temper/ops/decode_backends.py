@@ -1,0 +1,249 @@
+"""The two ways a model is run while it writes: rows together in slots, or one row after another.
+
+`SlotBackend` prefills several prompts at once and decodes all rows in one forward pass. It is used
+when the model's cache is keys and values by position and a short probe on the model itself gives
+the same logits as its plain forward pass. `RowBackend` keeps the model's own cache, one row a
+forward pass: for every other cache, and for exact mode, where a row's numbers may not depend on
+its neighbours even in the last bit. It reads all weights once a row and token, so a step of B
+rows costs about B steps of one row.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from temper.ops.decode_cache import SlotCache
+from temper.ops.rows import Rows, publish_rows
+
+__all__ = ["Backend", "Prefilled", "PromptRow", "RowBackend", "SlotBackend", "slots_work"]
+
+logger = logging.getLogger(__name__)
+
+
+class PromptRow(NamedTuple):
+    """A prompt and its number among those given."""
+
+    index: int
+    ids: list[int]
+
+
+class Prefilled(NamedTuple):
+    """A prompt whose keys and values are known, and the logits of its first reply token."""
+
+    prompt: PromptRow
+    cache: Any
+    row: int
+    logits_V: Tensor
+
+
+class Backend(Protocol):
+    """Rows are numbered 0..n-1; `drop` fills the hole with the last one."""
+
+    def prefill(self, prompts: Sequence[PromptRow]) -> list[Prefilled]: ...
+    def load(self, slot: int, prefilled: Prefilled) -> None: ...
+    def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor: ...
+    def drop(self, slot: int, last: int, last_length: int) -> None: ...
+
+
+class RowBackend:
+    """One row a forward pass, with the model's own cache, or none where it has none."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.caches: list[Any] = []
+
+    def prefill(self, prompts: Sequence[PromptRow]) -> list[Prefilled]:
+        """Each prompt on its own."""
+        out = []
+        for prompt in prompts:
+            logits_V, cache = self._forward(prompt, prompt.ids, 0, None)
+            out.append(Prefilled(prompt, cache if cache is not None else list(prompt.ids), 0, logits_V))
+        return out
+
+    def load(self, slot: int, prefilled: Prefilled) -> None:
+        """A forward pass changes its cache in place, so each row gets a copy."""
+        assert slot == len(self.caches)
+        self.caches.append(copy.deepcopy(prefilled.cache))
+
+    def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits of the next token, (B, V)."""
+        rows = zip(range(len(prompts)), prompts, tokens, positions, strict=True)
+        return torch.stack([self._step(*row) for row in rows])
+
+    def _step(self, slot: int, prompt: PromptRow, token: int, position: int) -> Tensor:
+        cache = self.caches[slot]
+        if isinstance(cache, list):
+            cache.append(token)
+            return self._forward(prompt, cache, 0, None)[0]
+        logits_V, self.caches[slot] = self._forward(prompt, [token], position, cache)
+        return logits_V
+
+    def drop(self, slot: int, last: int, last_length: int) -> None:
+        """Forget a row; the last one takes its place."""
+        self.caches[slot] = self.caches[last]
+        self.caches.pop()
+
+    def _forward(self, prompt: PromptRow, ids: list[int], start: int, cache: Any) -> tuple[Tensor, Any]:
+        rows = Rows([prompt.index], [prompt.ids], [start], [len(ids)], start + len(ids))
+        input_BT = torch.tensor([ids], device=self.device)
+        known = {} if cache is None else {"past_key_values": cache}
+        with publish_rows(rows), last_positions(self.model, torch.tensor([len(ids) - 1])):
+            out = self.model(input_ids=input_BT, use_cache=True, **known)
+        return out.logits[0, -1].float(), getattr(out, "past_key_values", None)
+
+
+class SlotBackend:
+    """All rows in one forward pass, each in its slot of a `SlotCache`."""
+
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, width: int, prefix: Sequence[int] = ()
+    ) -> None:
+        self.model, self.device, self.width = model, device, width
+        self.prefix = list(prefix)
+        self._prefix_cache: DynamicCache | None = None
+        self._slots: SlotCache | None = None
+
+    def prefill(self, prompts: Sequence[PromptRow]) -> list[Prefilled]:
+        """The prompts side by side, padded on the right: under a causal mask no token sees padding."""
+        skip = len(self.prefix)
+        lengths = [len(prompt.ids) - skip for prompt in prompts]
+        tails = [torch.tensor(prompt.ids[skip:]) for prompt in prompts]
+        input_BT = pad_sequence(tails, batch_first=True).to(self.device)
+        cache = self._expanded_prefix(len(prompts))
+        rows = Rows(*_named(prompts), [skip] * len(prompts), lengths, skip + input_BT.shape[1])
+        logits_BV = self._forward(rows, input_BT, cache, torch.tensor(lengths, device=self.device) - 1)
+        return [Prefilled(prompt, cache, row, logits_BV[row]) for row, prompt in enumerate(prompts)]
+
+    def _expanded_prefix(self, num_rows: int) -> DynamicCache:
+        cache = DynamicCache()
+        if not self.prefix:
+            return cache
+        if self._prefix_cache is None:
+            self._prefix_cache = DynamicCache()
+            rows = Rows([-1], [self.prefix], [0], [len(self.prefix)], len(self.prefix))
+            input_BT = torch.tensor([self.prefix], device=self.device)
+            self._forward(rows, input_BT, self._prefix_cache, torch.zeros(1, dtype=torch.long))
+        for number, layer in enumerate(self._prefix_cache.layers):
+            shape = (num_rows, -1, -1, -1)
+            cache.update(layer.keys.expand(shape), layer.values.expand(shape), number)
+        return cache
+
+    def load(self, slot: int, prefilled: Prefilled) -> None:
+        """Copy a prefilled prompt's keys and values into a slot."""
+        layers, length = prefilled.cache.layers, len(prefilled.prompt.ids)
+        if self._slots is None:
+            self._slots = SlotCache(len(layers), self.width)
+        keys_L = [layer.keys[prefilled.row, :, :length] for layer in layers]
+        values_L = [layer.values[prefilled.row, :, :length] for layer in layers]
+        self._slots.load(slot, keys_L, values_L)
+
+    def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits of the next token, (B, V), after writing each row's last token at its position."""
+        assert self._slots is not None
+        self._slots.begin_step(positions, self.device)
+        position_B1 = torch.tensor(positions, device=self.device)[:, None]
+        mask = None
+        if min(positions) != max(positions):
+            seen_BK = torch.arange(max(positions) + 1, device=self.device) <= position_B1
+            mask = self._additive(seen_BK)[:, None, None]
+        rows = Rows(*_named(prompts), positions, [1] * len(prompts), max(positions) + 1)
+        input_B1 = torch.tensor(tokens, device=self.device)[:, None]
+        return self._forward(rows, input_B1, self._slots, None, position_ids=position_B1, attention_mask=mask)
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        # Under autocast queries change their type on the way; a bool mask fits any.
+        if torch.is_autocast_enabled(self.device.type):
+            return seen
+        dtype = self.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(
+            ~seen, torch.finfo(dtype).min
+        )
+
+    def drop(self, slot: int, last: int, last_length: int) -> None:
+        """Forget a row; the last one moves into its slot."""
+        if slot != last and self._slots is not None:
+            self._slots.move(last, slot, last_length)
+
+    def _forward(
+        self, rows: Rows, input_BT: Tensor, cache: Any, last_B: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        with publish_rows(rows), last_positions(self.model, last_B):
+            out = self.model(input_ids=input_BT, past_key_values=cache, use_cache=True, **kwargs)
+        return out.logits[:, -1].float()
+
+
+def _named(prompts: Sequence[PromptRow]) -> tuple[list[int], list[list[int]]]:
+    return [prompt.index for prompt in prompts], [prompt.ids for prompt in prompts]
+
+
+@contextmanager
+def last_positions(model: PreTrainedModel, last_B: Tensor | None) -> Iterator[None]:
+    """Inside the block only column `last_B[b]` of row b reaches the vocabulary projection."""
+    if last_B is None:
+        yield
+        return
+
+    def cut(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTD = args[0]
+        rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+        return (hidden_BTD[rows_B, last_B.to(hidden_BTD.device)][:, None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_PROBED: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
+
+
+def slots_work(model: PreTrainedModel, device: torch.device, longest: int) -> bool:
+    """Whether rows of up to `longest` tokens can share forward passes; probed once a model."""
+    layers = DynamicCache(config=model.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if windows and longest > min(windows):
+        return False
+    attention = getattr(model.config, "_attn_implementation", "")
+    if attention not in ("sdpa", "eager"):
+        return False
+    key = (attention, model.dtype, str(device), torch.is_autocast_enabled(device.type))
+    known = _PROBED.setdefault(model, {})
+    if key not in known:
+        known[key] = _probe(model, device)
+        if not known[key]:
+            logger.warning("%s decodes one row at a time (batched decoding differs)", type(model).__name__)
+    return known[key]
+
+
+def _probe(model: PreTrainedModel, device: torch.device) -> bool:
+    """Two rows of unequal length, prefilled and stepped in slots, against plain forward passes."""
+    size = model.config.get_text_config().vocab_size
+    texts = [[(7 * i + 3) % size for i in range(5)], [(5 * i + 1) % size for i in range(3)]]
+    prompts = [PromptRow(number, ids[:-1]) for number, ids in enumerate(texts)]
+    try:
+        backend = SlotBackend(model, device, len(prompts))
+        for slot, prefilled in enumerate(backend.prefill(prompts)):
+            backend.load(slot, prefilled)
+        got_BV = backend.step(prompts, [ids[-1] for ids in texts], [len(ids) - 1 for ids in texts])
+        plain = [model(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in texts]
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        logger.warning("batched decoding fails on %s: %s", type(model).__name__, error)
+        return False
+    want_BV = torch.stack([out.logits[0, -1].float() for out in plain])
+    half = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
+    tolerance = (5e-2 if half else 1e-4) * float(want_BV.abs().max().clamp(min=1e-6))
+    return bool((got_BV - want_BV).abs().max() <= tolerance)

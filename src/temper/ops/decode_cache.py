@@ -1,0 +1,122 @@
+"""Preallocated key and value buffers in which rows of different lengths decode together.
+
+Row b of the batch lives in slot b of every layer's buffer, its text at columns 0, 1, 2...; so a
+column is a position, whatever the other rows do. A step writes one column a row in place; rows
+leave by moving the last row into their slot; buffers grow in strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+__all__ = ["SlotCache"]
+
+STRIDE = 64
+"""Columns added beyond what is needed when buffers grow."""
+
+
+class _Plan:
+    """What every layer must know about the step under way."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.capacity = 0
+        self.num_rows = 0
+        self.key_len = 0
+        self.flat_B = torch.zeros(0, dtype=torch.long)
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's buffers, shape (width, capacity, key heads, head size)."""
+
+    is_sliding = False
+
+    def __init__(self, plan: _Plan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Buffers like the given (B, heads, T, size) states; zeros, for junk times weight 0 must be 0."""
+        self.keys = self._buffer(key_states)
+        self.values = self._buffer(value_states)
+        self.is_initialized = True
+
+    def _buffer(self, like_BHTD: Tensor) -> Tensor:
+        _, heads, _, size = like_BHTD.shape
+        return like_BHTD.new_zeros(self.plan.width, self.plan.capacity, heads, size)
+
+    def grow(self) -> None:
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], self.plan.capacity, *old.shape[2:])
+            new[:, : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write one column a row and give back all columns seen so far, (B, heads, K, size)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, buffer: Any, states_BH1D: Tensor) -> Tensor:
+        flat = buffer.view(-1, *buffer.shape[2:])
+        flat.index_copy_(0, self.plan.flat_B, states_BH1D[:, :, 0].to(buffer.dtype))
+        return buffer[: self.plan.num_rows, : self.plan.key_len].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.plan.key_len, 0
+
+    def get_seq_length(self) -> int:
+        return max(self.plan.key_len - 1, 0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class SlotCache(Cache):
+    """Key and value buffers for up to `width` rows; give it to a model's forward as past_key_values."""
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        self.plan = _Plan(width)
+        super().__init__(layers=[_SlotLayer(self.plan) for _ in range(num_layers)])
+
+    def load(self, slot: int, keys_L: list[Tensor], values_L: list[Tensor]) -> None:
+        """Put a row's prefilled states, (heads, T, size) a layer, into a slot from column 0."""
+        self.reserve(keys_L[0].shape[1] + 1)
+        for layer, keys_HTD, values_HTD in zip(self.layers, keys_L, values_L, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys_HTD[None], values_HTD[None])
+            layer.keys[slot, : keys_HTD.shape[1]] = keys_HTD.transpose(0, 1)
+            layer.values[slot, : values_HTD.shape[1]] = values_HTD.transpose(0, 1)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens."""
+        if length > self.plan.capacity:
+            self.plan.capacity = length + max(STRIDE, length // 8)
+            for layer in self.layers:
+                layer.grow()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one slot over another."""
+        for layer in self.layers:
+            layer.keys[target, :length] = layer.keys[source, :length]
+            layer.values[target, :length] = layer.values[source, :length]
+
+    def begin_step(self, position_B: list[int], device: torch.device) -> None:
+        """Say where the next forward pass, of one token a row, writes: row b at position_B[b]."""
+        self.reserve(max(position_B) + 1)
+        plan = self.plan
+        plan.num_rows, plan.key_len = len(position_B), max(position_B) + 1
+        flat = [slot * plan.capacity + position for slot, position in enumerate(position_B)]
+        plan.flat_B = torch.tensor(flat, device=device)
