@@ -54,18 +54,13 @@ def read(path: Path) -> Iterator[dict[str, Json]]:
     """
     if not path.exists():
         return
-    damaged = 0
     with disk_errors("read", path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if damaged:
-                raise _damage(path, damaged)
-            record = decode(line[:-1]) if line.endswith(b"\n") else None
+            if not line.endswith(b"\n"):
+                return  # torn: only the last line can lack its newline
+            record = decode(line[:-1])
             if record is None:
-                # Only the last line may be torn, and a torn line has no newline.
-                if line.endswith(b"\n"):
-                    raise _damage(path, number)
-                damaged = number
-                continue
+                raise _damage(path, number)
             yield record
 
 

@@ -1,0 +1,91 @@
+"""The data of a step: specs, earlier steps' output, and the parts a verb wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from temper.core.card import Card, Verb
+from temper.core.errors import ConfigError, DataError
+from temper.core.spec import parse_data
+from temper.run.checks import check_parts
+from temper.run.recipe import DataRef
+
+if TYPE_CHECKING:
+    from temper.data.schemas import Data
+
+__all__ = ["data_steps", "load_inputs", "no_data", "wanted_parts"]
+
+
+def wanted_parts(card: Card, verb: Verb) -> Mapping[str, str]:
+    """Part -> schema of what a verb takes; a name ending in "?" may be missing."""
+    return card.data.get(verb, {})
+
+
+def data_steps(ref: DataRef) -> list[str]:
+    """The step ids that a data reference names, in order, each once."""
+    specs = [] if ref is None else [ref] if isinstance(ref, str) else list(ref.values())
+    parsed = [parse_data(spec) for spec in specs]
+    return list(dict.fromkeys(p.name for p in parsed if p.kind == "step"))
+
+
+def no_data() -> Data:
+    """Data without parts, for verbs that take none."""
+    from temper.data.schemas import Data
+
+    return Data({}, "none")
+
+
+def load_inputs(
+    slug: str, card: Card, verb: Verb, ref: DataRef, made: Mapping[str, Path], limit: int | None = None
+) -> Data:
+    """The data a verb gets, checked: its parts are there and not empty.
+
+    `made` gives the data folder of each earlier `make` step. Raises ConfigError, DataError.
+    """
+    from temper.data.loading import load_data
+
+    wanted = wanted_parts(card, verb)
+    if ref is None:
+        if any(not part.endswith("?") for part in wanted):
+            parts = ", ".join(wanted)
+            raise ConfigError(
+                f"{verb} {slug!r} needs data ({parts})",
+                cure="Add data: to the recipe, or --data [PART=]SPEC.",
+            )
+        return no_data()
+    data = load_data(_as_files(ref, made), wanted or None, limit=limit)
+    check_parts(slug, wanted, data, verb)
+    return data
+
+
+def _as_files(ref: str | Mapping[str, str], made: Mapping[str, Path]) -> str | dict[str, str]:
+    """The reference with step ids replaced by the files those steps wrote."""
+    if isinstance(ref, str):
+        return ref if parse_data(ref).kind != "step" else {p.stem: str(p) for p in _files(ref, made)}
+    return {
+        part: _part_file(part, spec, made) if parse_data(spec).kind == "step" else spec
+        for part, spec in ref.items()
+    }
+
+
+def _part_file(part: str, step: str, made: Mapping[str, Path]) -> str:
+    files = {path.stem: path for path in _files(step, made)}
+    if part in files:
+        return str(files[part])
+    if len(files) == 1:
+        return str(next(iter(files.values())))
+    raise DataError(f"Step {step!r} made no part {part!r}", cure=f"It made: {', '.join(files)}.")
+
+
+def _files(step: str, made: Mapping[str, Path]) -> list[Path]:
+    if step not in made:
+        raise ConfigError(
+            f"{step!r} is neither data nor an earlier make step",
+            cure="Use builtin:NAME, asset:NAME, hub:owner/name or a .jsonl, .csv or .parquet file.",
+        )
+    found = sorted(made[step].glob("*.jsonl"))
+    if not found:
+        raise DataError(f"Step {step!r} made no data", where=str(made[step]))
+    return found

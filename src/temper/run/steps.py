@@ -1,0 +1,181 @@
+"""One step: kept, taken over from an earlier run, or run; finished when `done.json` is written."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from temper.core.errors import ConfigError
+from temper.core.registry import load_card
+from temper.core.types import Attempt, Json, Row, Run, Ticker
+from temper.run.attack_rows import attack_rows
+from temper.run.facts import environment, step_facts
+from temper.run.inputs import load_inputs
+from temper.run.options import Options
+from temper.run.plan import PlannedStep
+from temper.run.resolve import open_system
+from temper.run.seeding import seed_everything
+from temper.run.verbs import call_verb
+from temper.store import cache, lines
+from temper.store.folders import RunFolder, StepFolder, find_step
+from temper.store.records import attempt_from, attempt_record, row_record
+
+if TYPE_CHECKING:
+    from temper.data.schemas import Data
+
+__all__ = ["Outcome", "Worker", "run_step"]
+
+Outcome = Literal["ran", "kept", "reused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Where steps run and whom they tell."""
+
+    folder: RunFolder
+    out: Path
+    options: Options
+    ticker: Ticker
+    say: Callable[[str], None]
+
+
+def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
+    """Finish a step in its folder; the same inputs and settings are never computed twice."""
+    step = worker.folder.step(planned.name)
+    with step.lock():
+        if step.is_done():
+            step.check()
+            return "kept"
+        earlier = find_step(worker.out, planned.hash)
+        if earlier is not None and not _has_checkpoint(step):
+            step.adopt(earlier)
+            worker.say(f"{planned.id}: unchanged, taken from {earlier.path.parent.parent.name}")
+            return "reused"
+        step.clear()
+        started = time.perf_counter()
+        hits_before = cache.hits()
+        with _opened(planned, worker) as system:
+            made = _execute(planned, worker, step, system)
+        facts: dict[str, Json] = {
+            "wall_s": round(time.perf_counter() - started, 3),
+            "cache_hits": cache.hits() - hits_before,
+        }
+        step.finish(
+            {
+                "step": planned.id,
+                "verb": planned.verb,
+                "method": planned.method,
+                "hash": planned.hash,
+                **made,
+                **facts,
+            }
+        )
+        return "ran"
+
+
+def _has_checkpoint(step: StepFolder) -> bool:
+    return (step.path / "checkpoint").is_dir()
+
+
+@contextmanager
+def _opened(planned: PlannedStep, worker: Worker) -> Iterator[Any]:
+    if planned.system is None:
+        with nullcontext() as nothing:
+            yield nothing
+        return
+    artefacts = {name: worker.folder.step(folder).artefact for name, folder in planned.uses.items()}
+    with open_system(planned.system, worker.options, artefacts=artefacts, out=worker.out) as system:
+        yield system
+
+
+def step_data(planned: PlannedStep, worker: Worker) -> Data:
+    """The step's data: loaded with the plan, or read from the folders of the steps that made it."""
+    if planned.loaded is not None:
+        return planned.loaded
+    made = {name: worker.folder.step(folder).data for name, folder in planned.reads.items()}
+    card = load_card(planned.method)
+    return load_inputs(planned.method, card, planned.verb, planned.data, made, planned.limit)
+
+
+def step_run(planned: PlannedStep, worker: Worker, step: StepFolder) -> Run:
+    """What the verb is told of where it runs."""
+    options = worker.options
+    return Run(
+        seed=planned.seed,
+        folder=step.path,
+        resume=_has_checkpoint(step),
+        device=options.device,
+        precision=options.precision,  # type: ignore[arg-type]
+        exact=options.exact,
+        batch_tokens=options.batch_tokens,
+        num_procs=options.num_procs,
+        checkpoint_every=options.checkpoint_every,
+        ticker=worker.ticker,
+    )
+
+
+def _execute(planned: PlannedStep, worker: Worker, step: StepFolder, system: Any) -> dict[str, Json]:
+    """Call the verb and keep what it gives; returns what `done.json` says of it."""
+    data = step_data(planned, worker)
+    facts = step_facts(planned, worker.options, system, data.fingerprint)
+    seed_everything(planned.seed, planned.id)
+    result = call_verb(
+        planned.method, planned.verb, system, data, planned.config, step_run(planned, worker, step)
+    )
+    if planned.verb == "fit":
+        result.save(step.artefact)
+        return {}
+    if planned.verb == "make":
+        return _keep_data(result, step)
+    clock = _Clock()
+    if planned.verb == "measure":
+        return {"num_rows": _keep_rows(result, step, facts, clock)}
+    num_attempts = _keep_attempts(result, step, facts)
+    attempts = (attempt_from(record) for record in lines.read(step.attempts_file))
+    return {"num_attempts": num_attempts, "num_rows": _keep_rows(attack_rows(attempts), step, facts, clock)}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.start, self.hits = time.perf_counter(), cache.hits()
+
+    def facts(self) -> dict[str, Json]:
+        """What differs between two equal runs."""
+        return {
+            "wall_s": round(time.perf_counter() - self.start, 4),
+            "cache_hits": cache.hits() - self.hits,
+            "machine": {"node": os.uname().nodename, **environment()},
+        }
+
+
+def _keep_data(made: Data, step: StepFolder) -> dict[str, Json]:
+    from temper.data.loading import write_jsonl
+
+    if not any(made[part] for part in made):
+        raise ConfigError("The step made no data", cure="Loosen its settings or give it more input.")
+    for part in made:
+        write_jsonl(step.data / f"{part}.jsonl", made[part])
+    return {"data": made.fingerprint, "parts": {part: len(made[part]) for part in made}}
+
+
+def _keep_rows(rows: Iterable[Row], step: StepFolder, facts: dict[str, Json], clock: _Clock) -> int:
+    total = 0
+    with lines.LineWriter(step.rows_file) as writer:
+        for row in rows:
+            writer.write(row_record(replace(row, facts={**facts, **row.facts, **clock.facts()})))
+            total += 1
+    return total
+
+
+def _keep_attempts(attempts: Iterable[Attempt], step: StepFolder, facts: dict[str, Json]) -> int:
+    total = 0
+    with lines.LineWriter(step.attempts_file) as writer:
+        for attempt in attempts:
+            writer.write({**attempt_record(attempt), "facts": facts})
+            total += 1
+    return total
