@@ -6,6 +6,7 @@ package is ever imported or put on a path.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import re
@@ -34,7 +35,7 @@ class LockedFile(NamedTuple):
     sha256: str
     bytes: int
     sources: tuple[tuple[str, str], ...]
-    """(package, member) pairs."""
+    """(package, member) pairs; a member with `*` stands for all that match, sorted by name."""
 
 
 def read_lock(path: Path) -> dict[str, str]:
@@ -170,24 +171,31 @@ def _copy(locked: LockedFile, wheels: dict[str, Path], out: IO[bytes]) -> str:
     """Join the members into `out`, never past the locked size; gives the hash of what was written."""
     digest, left = hashlib.sha256(), locked.bytes
     for package, member in locked.sources:
-        try:
-            with zipfile.ZipFile(wheels[package]) as archive, archive.open(member) as source:
-                while chunk := source.read(min(MEGABYTE, left + 1)):
-                    left -= len(chunk)
-                    if left < 0:
-                        raise StoreError(
-                            f"The member is larger than its locked {locked.bytes} bytes",
-                            where=f"{wheels[package].name}: {member}", cure="Nothing was kept.",
-                        )  # fmt: skip
-                    digest.update(chunk)
-                    out.write(chunk)
-        except KeyError:
-            raise StoreError(
-                "The archive has no such member", where=f"{wheels[package].name}: {member}"
-            ) from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise _damaged(wheels[package], error) from error
+        for chunk in _chunks(wheels[package], member):
+            left -= len(chunk)
+            if left < 0:
+                raise StoreError(
+                    f"The member is larger than its locked {locked.bytes} bytes",
+                    where=f"{wheels[package].name}: {member}", cure="Nothing was kept.",
+                )  # fmt: skip
+            digest.update(chunk)
+            out.write(chunk)
     return digest.hexdigest()
+
+
+def _chunks(wheel: Path, member: str) -> Iterator[bytes]:
+    """The bytes of a member, or of all that a pattern matches."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(fnmatch.filter(archive.namelist(), member)) if "*" in member else [member]
+            if not set(names) & set(archive.namelist()):
+                raise StoreError("The archive has no such member", where=f"{wheel.name}: {member}")
+            for name in names:
+                with archive.open(name) as source:
+                    while chunk := source.read(MEGABYTE):
+                        yield chunk
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise _damaged(wheel, error) from error
 
 
 def _damaged(wheel: Path, error: Exception) -> StoreError:

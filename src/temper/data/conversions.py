@@ -6,10 +6,13 @@ A conversion works in the asset's own folder and removes the members it no longe
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import hashlib
+import html
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +20,7 @@ from pathlib import Path
 from temper.core.errors import StoreError
 from temper.core.types import Json, Message
 from temper.data.loading import write_jsonl
-from temper.data.schemas import Dialogue, Labelled
+from temper.data.schemas import Choice, Dialogue, Labelled
 
 __all__ = ["convert"]
 
@@ -34,30 +37,29 @@ def _gguf(folder: Path) -> None:
     """`model.gguf` as a plain Hugging Face folder: float32 safetensors, config and tokenizer."""
     import torch
     import transformers
-    from transformers.utils import logging as hf_logging
 
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
+    # Dequantising draws its bar whether or not there is a terminal; errors are raised, not printed.
+    with contextlib.redirect_stderr(io.StringIO()):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file="model.gguf", dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        # A model that came from GGUF refuses to be saved; its weights in a fresh one do not.
-        config = loaded.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain = type(loaded)(config)
-        plain.load_state_dict(loaded.state_dict())
-        plain.generation_config = loaded.generation_config
-        plain.tie_weights()
-        _check_tied(plain)
-        plain.save_pretrained(folder)
+        _plain_copy(loaded).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     (folder / "model.gguf").unlink()
+
+
+def _plain_copy(loaded: Json) -> Json:
+    """The same weights in a fresh model; one that came from GGUF refuses to be saved."""
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.tie_weights()
+    _check_tied(plain)
+    return plain
 
 
 def _check_tied(model: Json) -> None:
@@ -106,9 +108,8 @@ def _dialogues(conversations: dict[str, Json]) -> Iterator[Dialogue]:
                 Message("user" if who == turns[0][0] else "assistant", "\n".join(texts))
                 for who, texts in turns
             )
-            yield Dialogue(
-                messages, id=name, extra={"topic": conversation["prompt"], **conversation["ratings"]}
-            )
+            topic = {"topic": conversation["prompt"]} if "prompt" in conversation else {}
+            yield Dialogue(messages, id=name, extra={**topic, **conversation.get("ratings", {})})
 
 
 def _refusal_labels(folder: Path) -> None:
@@ -127,9 +128,37 @@ def _labelled_replies(rows: Iterable[dict[str, str]], part: str) -> Iterator[Lab
         yield Labelled(row["assistant_response"], int(row["human_score"]), id=f"{part}-{number}", extra=extra)
 
 
+def _mmlu_parallel(folder: Path) -> None:
+    """One part a language; a question has the same id in all of them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML values; a reference to a function is read as its name."""
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: suffix)
+    for path in folder.glob("*.yaml"):
+        # The file is many documents joined, each beginning with the same key.
+        documents = re.split(r"(?m)^(?=fewshot_config:)", path.read_text("utf-8"))[1:]
+        tasks = [yaml.load(text, Loader) for text in documents]
+        write_jsonl(folder / f"{path.stem}.jsonl", _questions(tasks))
+        path.unlink()
+
+
+def _questions(tasks: Iterable[dict[str, Json]]) -> Iterator[Choice]:
+    for task in tasks:
+        for number, sample in enumerate(task["fewshot_config"]["samples"], start=1):
+            letters = sorted(sample["input_choice_list"])
+            choices = tuple(html.unescape(str(sample["input_choice_list"][letter])) for letter in letters)
+            yield Choice(
+                html.unescape(sample["input_question"]), choices, letters.index(sample["input_correct_responses"][0]),
+                id=f"{task['task_alias']}-{number}", extra={"subject": task["task_alias"]},
+            )  # fmt: skip
+
+
 _STEPS: dict[str, Callable[[Path], None]] = {
     "gguf": _gguf,
     "rotten-tomatoes": _rotten_tomatoes,
     "chitchat": _chitchat,
     "refusal-labels": _refusal_labels,
+    "mmlu-parallel": _mmlu_parallel,
 }
