@@ -1,0 +1,44 @@
+"""Decoding rules: settings and tensors here, behaviour in `build_decoder` of the method that made them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from temper.artefacts.base import Artefact, Parts, need_model, only_full_strength
+from temper.artefacts.steer import TENSORS, builder
+from temper.core.types import Json
+
+__all__ = ["Decoder"]
+
+
+@dataclass(eq=False)
+class Decoder(Artefact):
+    """A rule on the next token. The method's `build_decoder(system, artefact)` gives the StepRule."""
+
+    kind: ClassVar[str] = "decoder"
+
+    values: Mapping[str, Json] = field(default_factory=dict)
+    """Settings, as JSON."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @contextlib.contextmanager
+    def applying(self, system: Any, strength: float) -> Iterator[Any]:
+        """The system with the rule after those it has; only at strength 1."""
+        only_full_strength(self, strength)
+        need_model(system, f"A decoding rule of {self.method!r}")
+        rule = builder(self, "build_decoder")(system, self)
+        yield system.with_(step_rules=(*system.step_rules, rule))
+
+    def parts(self) -> Parts:
+        """What is saved."""
+        return Parts(dict(self.values), {TENSORS: self.tensors} if self.tensors else {}, {})
+
+    @classmethod
+    def from_parts(cls, base: str, method: str, parts: Parts) -> Decoder:
+        """The artefact whose `parts()` these are."""
+        return cls(base, method, parts.settings, parts.tensors.get(TENSORS, {}))
