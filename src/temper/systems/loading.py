@@ -1,0 +1,309 @@
+"""A base system from its name: an asset, a tiny random model, a folder, a hub model or an endpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from temper.core.errors import ConfigError, ModelError, NeedsError, nearest
+from temper.systems.base import System
+from temper.systems.causal_lm import CausalLM
+from temper.systems.chat import Chat
+from temper.systems.tiny import ARCHITECTURES, build_tiny
+
+__all__ = ["ASSETS", "available_bytes", "known_bases", "load_base", "parse_dtype"]
+
+logger = logging.getLogger(__name__)
+
+ASSETS = ("smollm2-135m",)
+"""Language models that `temper fetch` brings from the package index."""
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FORMS = 'Names look like "smollm2-135m", "tiny:llama", "./folder", "owner/name" (a hub) or "openai:MODEL".'
+HEADROOM = 1.15
+"""Memory needed over the bare weights while loading and for a first forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """How a model is to be loaded; the same for folders and the hub."""
+
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    trust_remote_code: bool
+    revision: str | None
+
+    def common(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
+
+
+def load_base(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    attention: str = "sdpa",
+    system_prompt: str = "default",
+    base_url: str | None = None,
+    chat_template: Path | str | None = None,
+    plain: Literal["qa", "bare"] = "qa",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> System:
+    """The system a name stands for; safetensors only, and no code from a model's repository by default.
+
+    `tiny:ARCH[:SEED]` is a random model. `chat_template` is a template file that replaces the
+    tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is not a causal
+    LM or has no safetensors, NeedsError when memory, device or network are missing.
+    """
+    if name.startswith("openai:"):
+        from temper.systems.remote import Remote
+
+        return Remote(model=name.removeprefix("openai:"), base_url=base_url, system_prompt=system_prompt)
+    wanted = _Wanted(
+        dtype=parse_dtype(dtype),
+        device=_check_device(device),
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    model, tokenizer = _load_tiny(name, wanted) if name.startswith("tiny:") else _load_named(name, wanted)
+    if chat_template is None:
+        chat = Chat(tokenizer, system_prompt, plain=plain)
+    else:
+        chat = Chat.from_file(tokenizer, chat_template, system_prompt, plain=plain)
+    _check_sizes(model, tokenizer, name)
+    return CausalLM(model, tokenizer, chat, wanted.device, spec=name)
+
+
+def known_bases() -> list[str]:
+    """Every base that has a short name."""
+    return [*ASSETS, *(f"tiny:{name}" for name in ARCHITECTURES)]
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name ("float32", "bf16", ...); raises ConfigError."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"{dtype!r} is not a dtype", cure=nearest(dtype, DTYPES))
+    return DTYPES[dtype]
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, within the limit of a container; None when it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    free = [size for size in (_free_memory(), _free_in_group()) if size is not None]
+    return min(free) if free else None
+
+
+def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:
+    _, architecture, *rest = name.split(":")
+    if len(rest) > 1 or not all(part.isdigit() for part in rest):
+        raise ConfigError(f"{name!r} is not a tiny model", cure="Write tiny:ARCH or tiny:ARCH:SEED.")
+    model, tokenizer = build_tiny(architecture, *(int(part) for part in rest))
+    model.set_attn_implementation(wanted.attention)
+    return model.to(device=wanted.device, dtype=wanted.dtype), tokenizer
+
+
+def _load_named(name: str, wanted: _Wanted) -> tuple[Any, Any]:
+    if name in ASSETS:
+        from temper.data import assets
+
+        return _load_source(str(assets.fetch(name)), name, wanted)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _load_source(str(folder), name, wanted)
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"There is no folder {name!r}", cure=FORMS)
+    if not HUB_NAME.fullmatch(name):
+        raise ConfigError(
+            f"There is no base model {name!r}", cure=f"{nearest(name, known_bases())} {FORMS}".strip()
+        )
+    return _load_source(name, name, wanted)
+
+
+def _load_source(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
+    """Model and tokenizer from a folder or a hub name, after what can be checked cheaply."""
+    folder = Path(source) if Path(source).is_dir() else None
+    if folder is not None:
+        _check_folder(folder, name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = _load_config(source, name, wanted)
+        _check_memory(_count_weights(config, folder, wanted), name, wanted)
+        tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=wanted.dtype,
+            attn_implementation=wanted.attention,
+            use_safetensors=True,
+            **wanted.common(),
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explained(error, name) from error
+    placed: Any = model
+    return placed.to(wanted.device).eval(), tokenizer
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        cure = "Give the folder that save_pretrained wrote."
+        if (folder / "artefact.json").is_file():
+            cure = "This is an artefact: apply it to a base as BASE+FOLDER."
+        raise ModelError("The folder has no config.json", where=name, cure=cure)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "The folder holds no safetensors weights",
+            where=name,
+            cure="Convert them: load with transformers where you trust them, then save_pretrained.",
+        )
+
+
+def _load_config(source: str, name: str, wanted: _Wanted) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(source, **wanted.common())
+    named = config.architectures or []
+    writes = any(word in each for each in named for word in ("CausalLM", "LMHead", "ConditionalGeneration"))
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wanted.trust_remote_code
+    if not known or (named and not writes):
+        raise ModelError(
+            f"This is not a causal language model: {', '.join(named) or config.model_type}",
+            where=name,
+            cure="Choose a model of the ...ForCausalLM kind.",
+        )
+    return config
+
+
+def _count_weights(config: Any, folder: Path | None, wanted: _Wanted) -> int | None:
+    """Number of weights, from the files' headers or from an empty model; None if it cannot be told."""
+    if folder is not None:
+        return sum(_header_count(path) for path in sorted(folder.glob("*.safetensors")))
+    if wanted.trust_remote_code:
+        return None
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _header_count(path: Path) -> int:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= path.stat().st_size:
+            raise ModelError("The weights file is broken", where=str(path), cure="Copy or download it again.")
+        header = json.loads(file.read(size))
+    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+
+
+def _check_memory(num_weights: int | None, name: str, wanted: _Wanted) -> None:
+    free = available_bytes(wanted.device)
+    if num_weights is None or free is None:
+        return
+    need = int(num_weights * wanted.dtype.itemsize * HEADROOM)
+    if need > free:
+        raise NeedsError(
+            f"{name} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free",
+            where=f"{num_weights / 1e6:.0f} M weights as {wanted.dtype} on {wanted.device}",
+            cure="Use dtype bf16, a smaller model, or a machine with more memory.",
+        )
+
+
+def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
+    """Spare embedding rows are common; ids beyond the rows are not usable."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {rows} embedding rows",
+            where=name,
+            cure="Use the tokenizer that belongs to the model.",
+        )
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"{device!r} is not a device", cure="Write cpu, cuda, cuda:N or mps.") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(wanted.type, True):
+        raise NeedsError(f"There is no device {wanted} here", cure="Use --device cpu.")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise NeedsError(f"There is no device {wanted} here", cure=f"It has {torch.cuda.device_count()}.")
+    return wanted
+
+
+def _explained(error: Exception, name: str) -> Exception:
+    """The same failure as one of our errors, told by what is in its chain of causes."""
+    kinds = {type(link).__name__ for link in _chain(error)}
+    text = " ".join(str(link) for link in _chain(error))
+    if kinds & {"GatedRepoError"}:
+        return NeedsError(
+            f"{name} is gated", cure="Accept its terms on the hub, then log in with `hf auth login`."
+        )
+    if kinds & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
+        return ConfigError(f"The hub has no model {name!r}", cure=f"Check owner, name and revision. {FORMS}")
+    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError"}
+    if kinds & offline or "offline" in text.lower() or "couldn't connect" in text.lower():
+        return NeedsError(
+            f"{name!r} is not on this machine and the hub cannot be reached",
+            cure=f"Go online, give a folder, or use {ASSETS[0]!r}, which comes from the package index.",
+        )
+    if "safetensors" in text:
+        return ModelError(f"{name} has no safetensors weights", cure="Choose a revision that has them.")
+    if "trust_remote_code" in text:
+        return NeedsError(
+            f"{name} needs code of its own", cure="Read that code, then allow trust_remote_code."
+        )
+    return ModelError(f"The model cannot be loaded: {error}", where=name, cure="Check its files.")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _free_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines if ":" in line}
+    return int(sizes["MemAvailable"]) * 1024 if "MemAvailable" in sizes else None
+
+
+def _free_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's memory limit leaves; its page cache counts as free."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
