@@ -128,5 +128,5 @@ def _field_docs(cls: type) -> dict[str, str]:
     for field, doc in zip(body.body, body.body[1:], strict=False):
         named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if named and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-            docs[field.target.id] = inspect.cleandoc(str(doc.value.value))  # type: ignore[union-attr]
+            docs[field.target.id] = inspect.cleandoc(str(doc.value.value))  # type: ignore[union-attr,attr-defined]
     return docs

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -113,7 +114,8 @@ def _module(entry: Entry, name: str) -> ModuleType:
 @cache
 def _outside(folder: Path, family: str, name: str) -> ModuleType:
     """A module of a method outside the package, under a package name of its own."""
-    package = f"temper_methods_{family}_{folder.name}"
+    # Two folders of methods may hold the same family and name, one after the other in one process.
+    package = f"temper_methods_{zlib.crc32(str(folder.resolve()).encode()):08x}_{family}_{folder.name}"
     if package not in sys.modules:
         spec = importlib.util.spec_from_loader(package, loader=None, is_package=True)
         assert spec is not None

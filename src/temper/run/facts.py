@@ -21,7 +21,7 @@ def environment() -> dict[str, Json]:
     """The machine and the versions of what computes on it."""
     import importlib.metadata
 
-    versions = {}
+    versions: dict[str, Json] = {}
     for name in ("torch", "transformers", "peft", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from temper.core.errors import ConfigError
+from temper.core.errors import ConfigError, StoreError
 from temper.core.registry import load_card
 from temper.core.types import Attempt, Json, Row, Run, Ticker
 from temper.run.attack_rows import attack_rows
@@ -52,9 +52,7 @@ def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
             step.check()
             return "kept"
         earlier = find_step(worker.out, planned.hash)
-        if earlier is not None and not _has_checkpoint(step):
-            step.adopt(earlier)
-            worker.say(f"{planned.id}: unchanged, taken from {earlier.path.parent.parent.name}")
+        if earlier is not None and not _has_checkpoint(step) and _adopted(step, earlier, planned, worker):
             return "reused"
         step.clear()
         started = time.perf_counter()
@@ -76,6 +74,18 @@ def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
             }
         )
         return "ran"
+
+
+def _adopted(step: StepFolder, earlier: StepFolder, planned: PlannedStep, worker: Worker) -> bool:
+    """Take an earlier run's step over; one that is damaged is computed again."""
+    name = earlier.path.parent.parent.name
+    try:
+        step.adopt(earlier)
+    except StoreError as error:
+        worker.say(f"{planned.id}: not taken from {name}: {error}")
+        return False
+    worker.say(f"{planned.id}: unchanged, taken from {name}")
+    return True
 
 
 def _has_checkpoint(step: StepFolder) -> bool:
