@@ -1,0 +1,71 @@
+"""The rows of `noncompliance`, from the banks beside this file; deterministic by seed.
+
+python -m temper.data.builtin.noncompliance.generate --check   (or --write)
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from temper.data.builtin.emit import main
+from temper.data.builtin.noncompliance.computed import computed_lists
+from temper.data.builtin.templates import Bank, Filled, expand, read_bank
+
+__all__ = ["CATEGORIES", "KINDS", "PARTS", "SEED", "build", "read_banks"]
+
+SEED = 20240
+HERE = Path(__file__).parent
+PARTS = ("train", "calibration", "test")
+KINDS = ("refusal", "contrast", "ordinary")
+CATEGORIES = (
+    "Humanizing requests",
+    "Incomplete requests",
+    "Indeterminate requests",
+    "Requests with safety concerns",
+    "Unsupported requests",
+)
+
+
+def build(seed: int = SEED) -> dict[str, list[dict[str, object]]]:
+    """All parts; the rows of a part are shuffled, so that a beginning of any length is a fair sample."""
+    return {part: _part(part, seed) for part in PARTS}
+
+
+def read_banks(part: str, seed: int = SEED) -> Mapping[str, Bank]:
+    """The three banks of a part by kind; only the ordinary one may use computed lists."""
+    computed = computed_lists(part, seed)
+    return {
+        kind: read_bank(HERE / "banks" / part / f"{kind}.yaml", computed if kind == "ordinary" else None)
+        for kind in KINDS
+    }
+
+
+def _part(part: str, seed: int) -> list[dict[str, object]]:
+    filled = [
+        (kind, row)
+        for kind, bank in read_banks(part, seed).items()
+        for number, group in enumerate(bank.groups)
+        for row in expand(group, bank, random.Random(f"{seed}:{part}:{kind}:{number}"))
+    ]
+    random.Random(f"{seed}:{part}:order").shuffle(filled)
+    return [_row(f"nc-{part}-{number:04d}", kind, row) for number, (kind, row) in enumerate(filled, start=1)]
+
+
+def _row(row_id: str, kind: str, filled: Filled) -> dict[str, object]:
+    return {
+        "id": row_id,
+        "messages": [
+            {"role": "user", "content": filled.request},
+            {"role": "assistant", "content": filled.reply},
+        ],
+        "refusal_category": filled.labels.get("category"),
+        "kind": kind,
+        "subcategory": filled.labels["subcategory"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(HERE, build))
