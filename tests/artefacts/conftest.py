@@ -19,6 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from temper.artefacts import Tuning
 from temper.core.types import Run
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
@@ -108,6 +109,15 @@ def run() -> Run:
 
 
 IDS = torch.tensor([[5, 9, 17, 30, 2], [8, 8, 100, 41, 77]])
+
+
+def train(t: Tuning, ids: torch.Tensor = IDS, steps: int = 3, lr: float = 0.05) -> None:
+    optimiser = torch.optim.AdamW(t.parameters().values(), lr=lr)
+    for _ in range(steps):
+        out = t.system.model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
 
 
 @torch.no_grad()
