@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,26 +314,9 @@ def test_bf16_gradients_are_near_float32(name):
     assert torch.cosine_similarity(low, full, dim=0) > 0.97
 
 
-class Shelf:
-    """A stand-in for the store's cache."""
-
-    kept: dict = {}  # noqa: RUF012
-
-    def __init__(self, name):
-        assert name
-
-    def get(self, key):
-        return self.kept.get(repr(sorted(key.items())))
-
-    def put(self, key, arrays):
-        assert all(isinstance(value, np.ndarray) for value in arrays.values())
-        self.kept[repr(sorted(key.items()))] = arrays
-
-
-def test_reference_is_computed_once(monkeypatch):
-    module = SimpleNamespace(Cache=Shelf)
-    monkeypatch.setattr(logprobs.importlib, "import_module", lambda name: module)
-    monkeypatch.setattr(Shelf, "kept", {})
+def test_reference_is_computed_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path))
+    monkeypatch.delenv("TEMPER_NO_CACHE", raising=False)
     system, examples = system_of(llama().eval()), draw(6)
     first = reference_logprobs(system, examples, Run())
     assert torch.equal(first, response_logprobs(system, examples, run=Run()))

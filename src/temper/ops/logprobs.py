@@ -6,7 +6,6 @@ Same value whatever the padding, the batch or its order (1e-5 in float32; bit fo
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
@@ -26,6 +25,7 @@ from temper.ops.projection import (
     token_logprobs,
     wanted_hidden,
 )
+from temper.store.cache import Cache
 
 if TYPE_CHECKING:
     from temper.systems.causal_lm import CausalLM
@@ -186,7 +186,7 @@ def reference_logprobs(system: CausalLM, examples: Sequence[Example], run: Run) 
     """
     import numpy as np
 
-    cache = importlib.import_module("temper.store.cache").Cache("reference-logprobs")
+    cache = Cache("reference-logprobs")
     key = _reference_key(system, examples, run)
     hit = cache.get(key)
     if hit is not None:

@@ -1,0 +1,105 @@
+"""The training loop: losses as sums and counts, any split into micro-batches, exact resume.
+
+A step takes `batch_rows` items, whatever the token budget splits them into. Each term of the loss is a sum, divided
+by its count over the whole step, so 1 x 8 and 8 x 1 give one gradient. Randomness inside a micro-batch (dropout) is
+seeded from (seed, step, micro-batch): a resumed run, or one on several processes, draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from temper.core.errors import ConfigError
+from temper.core.types import Run
+from temper.ops.objectives import Objective, SftObjective, SumCount
+from temper.ops.optim import BuildOptimizer, adamw
+from temper.ops.train_loop import Loop, Plan
+from temper.ops.train_settings import TrainLog, TrainSettings
+
+__all__ = ["Objective", "SftObjective", "SumCount", "TrainLog", "TrainSettings", "train"]
+
+Item = TypeVar("Item")
+
+
+def train(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    epoch_items: Callable[[int], Sequence[Item]],
+    objective: Objective[Item],
+    settings: TrainSettings,
+    run: Run,
+    *,
+    length: Callable[[Item], int],
+    build_optimizer: BuildOptimizer | None = None,
+    before_step: Callable[[int], None] | None = None,
+    every: int = 0,
+    callback: Callable[[int], Mapping[str, float] | None] | None = None,
+    stop_when: Callable[[TrainLog], bool] | None = None,
+) -> TrainLog:
+    """Minimise the objective over `parameters`, in place.
+
+    `epoch_items(epoch)` gives an epoch's items, always as many; `length` is an item's tokens.
+    `before_step(step)` may change the objective's weights. `callback(num_steps_done)` runs in eval mode every
+    `every` steps and what it returns joins `log.curve`; `stop_when` is asked every `settings.log_every` steps. With `run.checkpoint_every` the state is kept in
+    `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
+    Raises NumericsError at a loss or gradient that is not finite, DataError when there are no items.
+    """
+    trained = _trainable(parameters)
+    plan = Plan(epoch_items, settings, run.seed)
+    build = build_optimizer or (
+        lambda chosen: adamw(chosen, settings.lr, settings.weight_decay, settings.betas, settings.eps)
+    )
+    loop = Loop(model, trained, build(trained), objective, settings, run, plan, length)
+    with _training(model, settings):
+        start = loop.resume()
+        for step in run.ticker(range(start, plan.num_steps), total=plan.num_steps - start, label="train"):
+            if before_step is not None:
+                before_step(step)
+            loop.step(step)
+            done = step + 1
+            if callback is not None and every and done % every == 0:
+                loop.log.curve.append({"step": done, **_in_eval(model, callback, done)})
+            if loop.after_step(done, stop_when):
+                break
+    return loop.log
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    chosen = list({id(p): p for p in parameters if p.requires_grad}.values())
+    if not chosen:
+        raise ConfigError("No parameter is trainable", cure="Check the names of the layers to train.")
+    return chosen
+
+
+@contextmanager
+def _training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
+    """Train mode and, if asked, activation checkpointing; mode and random generators come back afterwards."""
+    was_training, python_state = model.training, random.getstate()
+    module: Any = model
+    with torch.random.fork_rng():
+        model.train()
+        if settings.gradient_checkpointing:
+            module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if settings.gradient_checkpointing:
+                module.activation_checkpointing_disable()
+            model.train(was_training)
+            random.setstate(python_state)
+
+
+def _in_eval(
+    model: nn.Module, callback: Callable[[int], Mapping[str, float] | None], done: int
+) -> Mapping[str, float]:
+    model.eval()
+    try:
+        return callback(done) or {}
+    finally:
+        model.train()
