@@ -60,15 +60,15 @@ def check_schema(name: str) -> str:
 
 
 def infer_schema(columns: Collection[str], place: Place) -> str:
-    """The schema that these columns suggest, the most demanding first; raises DataError for none."""
+    """The schema that a row's columns suggest, the most demanding first; raises DataError for none."""
+    if isinstance(columns, str) or not isinstance(columns, Collection):
+        raise _not_a_row(columns, place)
     for name, alternatives in _SIGNS:
         if any(all(column in columns for column in wanted) for wanted in alternatives):
             return name
     wants = "; ".join(f"{name}: {columns}" for name, columns in WANTS.items())
-    raise place.error(
-        f"The columns {', '.join(map(repr, columns)) or '(none)'} fit no kind of record",
-        cure=f"Rename them. {wants}.",
-    )
+    have = ", ".join(map(repr, columns)) or "(none)"
+    raise place.error(f"The columns {have} fit no kind of record", cure=f"Rename them. {wants}.")
 
 
 _SIGNS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
@@ -93,14 +93,15 @@ def from_row(row: Mapping[str, Json], schema: str, place: Place, *, default_id: 
     Raises DataError, with the nearest column for one that is missing.
     """
     if not isinstance(row, Mapping):
-        raise place.error(
-            f"A row must be an object with columns, not {_kind(row)}",
-            cure=f"{schema} wants {WANTS[check_schema(schema)]}.",
-        )
+        raise _not_a_row(row, place)
     reader = _RowReader(row, place, schema)
     name = reader.id(default_id)
     fields = _BUILDERS[check_schema(schema)](reader)
     return s.SCHEMAS[schema](**fields, id=name, extra=reader.rest())
+
+
+def _not_a_row(row: Json, place: Place) -> DataError:
+    return place.error(f"A row must be an object with columns, not {_kind(row)}", cure='Write {"text": ...}.')
 
 
 class _RowReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -169,13 +170,15 @@ def _hub(spec: DataSpec) -> dict[str, Rows]:
 
 
 def _hub_fields(spec: DataSpec) -> tuple[str | None, str | None]:
-    if len(spec.fields) > 2:
+    """Config and split; a colon within brackets belongs to the split, as in train[:5%]."""
+    fields = re.split(r":(?![^\[]*\])", ":".join(spec.fields)) if spec.fields else []
+    if len(fields) > 2:
         raise ConfigError(f"{str(spec)!r} has too many fields", cure="Write hub:owner/name[:config][:split].")
-    if len(spec.fields) == 2:
-        return spec.fields[0], spec.fields[1]
-    if spec.fields and spec.fields[0].partition("[")[0] in SPLITS:
-        return None, spec.fields[0]
-    return (spec.fields[0] if spec.fields else None), None
+    if len(fields) == 2:
+        return fields[0], fields[1]
+    if fields and fields[0].partition("[")[0] in SPLITS:
+        return None, fields[0]
+    return (fields[0] if fields else None), None
 
 
 def _records(rows: Rows, schema: str | None, part: str, limit: int | None) -> Iterator[Record]:
@@ -183,7 +186,7 @@ def _records(rows: Rows, schema: str | None, part: str, limit: int | None) -> It
     seen: dict[str, int] = {}
     for values, place in islice(rows, limit):
         if schema is None:
-            schema = infer_schema(list(values) if isinstance(values, Mapping) else [], place)
+            schema = infer_schema(values, place)
         record = from_row(values, schema, place, default_id=f"{part}-{place.row}")
         if record.id in seen:
             raise place.error(
