@@ -86,7 +86,11 @@ def _move(draft: Path, folder: Path) -> None:
         )
     aside = draft.with_name(draft.name + "-old")
     folder.rename(aside)
-    draft.rename(folder)
+    try:
+        draft.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -27,8 +27,8 @@ class Steer(Artefact):
 
     kind: ClassVar[str] = "steer"
 
-    values: Mapping[str, Json] = field(default_factory=dict)
-    """Settings, as JSON."""
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    """What the method needs to build it, as JSON."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @contextlib.contextmanager
@@ -40,7 +40,7 @@ class Steer(Artefact):
 
     def parts(self) -> Parts:
         """What is saved."""
-        return Parts(dict(self.values), {TENSORS: self.tensors} if self.tensors else {}, {})
+        return Parts(dict(self.settings), {TENSORS: self.tensors} if self.tensors else {}, {})
 
     @classmethod
     def from_parts(cls, base: str, method: str, parts: Parts) -> Steer:
