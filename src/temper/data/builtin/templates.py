@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ class Template(NamedTuple):
     replies: tuple[str, ...]
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Templates of one kind; `labels` are the group's other keys (category, subcategory, ...)."""
 
     labels: Mapping[str, str]

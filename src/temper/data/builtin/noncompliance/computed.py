@@ -13,13 +13,13 @@ __all__ = ["computed_lists"]
 
 WORDS = {
     "train": "apple bridge candle dragon engine forest garden hammer island jacket kettle ladder marble needle orange "
-    "pepper rabbit saddle ticket window basket carpet feather blanket".split(),
-    "calibration": "anchor button copper donkey falcon goblet helmet insect jungle lantern".split(),
-    "test": "barrel cactus dagger elbow fiddle gravel hornet igloo jersey kidney lemon meadow".split(),
+    "pepper rabbit saddle ticket window basket carpet feather blanket",
+    "calibration": "anchor button copper donkey falcon goblet helmet insect jungle lantern",
+    "test": "barrel cactus dagger elbow fiddle gravel hornet igloo jersey kidney lemon meadow",
 }
 SPAN = {"train": (2, 40), "calibration": (41, 60), "test": (61, 99)}
-NUMBER_NAMES = "zero one two three four five six seven eight nine ten".split()
-WEEK = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBER_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 ROMAN = ((50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"))
 
 
@@ -27,7 +27,9 @@ def computed_lists(part: str, seed: int) -> dict[str, list[str]]:
     """All computed lists of a part; the same for the same seed."""
     rng = random.Random(f"{seed}:{part}:computed")
     numbers = range(*SPAN[part])
-    return _arithmetic(rng, numbers) | _units(rng, numbers) | _words(rng, WORDS[part]) | _calendar(rng)
+    return (
+        _arithmetic(rng, numbers) | _units(rng, numbers) | _words(rng, WORDS[part].split()) | _calendar(rng)
+    )
 
 
 def _arithmetic(rng: random.Random, numbers: range) -> dict[str, list[str]]:
