@@ -112,12 +112,14 @@ IDS = torch.tensor([[5, 9, 17, 30, 2], [8, 8, 100, 41, 77]])
 
 
 def train(t: Tuning, ids: torch.Tensor = IDS, steps: int = 3, lr: float = 0.05) -> None:
-    optimiser = torch.optim.AdamW(t.parameters().values(), lr=lr)
+    optimiser = torch.optim.AdamW(t.parameters(), lr=lr)
+    t.system.model.train()
     for _ in range(steps):
         out = t.system.model(input_ids=ids, labels=ids)
         out.loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+    t.system.model.eval()
 
 
 @torch.no_grad()

@@ -102,12 +102,12 @@ def test_finish_is_for_inside(llama: Any, run: Run) -> None:
 
 def test_only_what_is_trained_requires_grad(system: Any, run: Run) -> None:
     with tuning(system, Tune(r=3, new_tokens=("[a]",)), run) as t:
-        names = set(t.parameters())
+        names = set(t.named_parameters())
         assert names == {n for n, p in t.system.model.named_parameters() if p.requires_grad}
         assert all(".lora_" in name or name.endswith(".rows") for name in names)
-        assert {p.dtype for p in t.parameters().values()} == {torch.float32}
+        assert {p.dtype for p in t.parameters()} == {torch.float32}
     with tuning(system, Tune(mode="full"), run) as t:
-        assert set(t.parameters()) == set(dict(t.system.model.named_parameters()))
+        assert set(t.named_parameters()) == set(dict(t.system.model.named_parameters()))
 
 
 def test_bf16_is_for_the_frozen_weights_only(llama: Any, run: Run) -> None:
@@ -168,3 +168,22 @@ def test_the_system_in_training_is_never_taken_for_another(llama: Any, run: Run)
         first = one.system.fingerprint
     with tuning(llama, Tune(r=2), Run(seed=8)) as two:
         assert len({first, two.system.fingerprint, llama.with_().fingerprint}) == 3
+
+
+@pytest.mark.parametrize("mode", ["lora", "tokens", "full", "full-tokens"])
+def test_the_reference_is_the_start_and_training_goes_on_after_it(system: Any, run: Run, mode: str) -> None:
+    untouched = logits(system)
+    with tuning(system, MODES[mode], run) as t:
+        start = logits(t.system)
+        train(t)
+        moved = logits(t.system)
+        with t.reference() as reference:
+            assert torch.equal(logits(reference), start)
+            assert not torch.is_grad_enabled()
+            assert reference.fingerprint != t.system.fingerprint
+        assert torch.is_grad_enabled()
+        assert torch.equal(logits(t.system), moved)
+        train(t, steps=1)
+        assert not torch.equal(logits(t.system), moved)
+    if "tokens" not in mode:
+        assert torch.equal(start, untouched)

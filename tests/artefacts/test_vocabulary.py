@@ -73,7 +73,7 @@ def test_gradient_reaches_tied_rows_from_both_ends(llama: Any, run: Run) -> None
     ids = torch.tensor([[5, new, 9, 4]])
     with tuning(llama, Tune(r=2, new_tokens=("[REFUSE]",)), run) as t:
         model = t.system.model
-        rows = [p for p in t.parameters().values() if p.shape == (1, 16)]
+        rows = [p for p in t.parameters() if p.shape == (1, 16)]
         assert len(rows) == 1
         read_only = torch.tensor([[new, 9, 4]])
         (both,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, rows)

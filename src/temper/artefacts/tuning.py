@@ -40,7 +40,7 @@ class Tune:
     alpha: float = 32
     """The adapters' change is scaled by alpha / r."""
     dropout: float = 0.0
-    """Dropout on the adapters' inputs; the base's own dropout stays off."""
+    """Dropout on the adapters' inputs."""
     targets: str | tuple[str, ...] = ALL_LINEAR
     """"all-linear", or names of modules, e.g. [q_proj, v_proj]; with mode "full", "all-linear" means all weights."""
     new_tokens: tuple[str, ...] = ()
@@ -69,7 +69,10 @@ class Tune:
 
 
 class Tuning(ABC):
-    """A model while it is trained. `system` shares the base's model object, changed until the context ends."""
+    """A model while it is trained. `system` shares the base's model object, changed until the context ends.
+
+    It starts in eval mode; the training loop switches to train mode and back, so dropout never touches a measurement.
+    """
 
     def __init__(self, base: Any, system: Any, vocabulary: Vocabulary | None) -> None:
         self.base, self.vocabulary = base.fingerprint, vocabulary
@@ -77,9 +80,29 @@ class Tuning(ABC):
         self.system = system.with_(fingerprint=f"training:{id(self):x}:{self.base}")
         self._open = True
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name, in the model's order; a tied parameter once."""
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the model's order; a tied parameter once."""
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """`parameters` by name."""
         return {name: p for name, p in self.system.model.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The system as it was when training began, new rows included, without gradient.
+
+        For a term that compares with it step by step; one that needs it once is cheaper before `tuning`.
+        """
+        trained = [(parameter, parameter.data) for parameter, _ in self._originals()]
+        try:
+            for parameter, original in self._originals():
+                parameter.data = original
+            with torch.no_grad():
+                yield self.system.with_(fingerprint=f"{self.system.fingerprint}:start")
+        finally:
+            for parameter, data in trained:
+                parameter.data = data
 
     def finish(self, method: str) -> Adapter | Weights:
         """The artefact as trained so far, copied to the CPU; may be called more than once.
@@ -102,6 +125,10 @@ class Tuning(ABC):
         self._open = False
 
     @abstractmethod
+    def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters with the values at which the model is the base."""
+
+    @abstractmethod
     def _collect(self, method: str) -> Adapter | Weights | None: ...
 
 
@@ -113,9 +140,15 @@ class _LoraTuning(Tuning):
         self.config = _peft_config(model, tune, chosen, vocabulary)
         _inject(model, self.config, tune, seed)
         self.rows = train_rows(model, vocabulary) if vocabulary else {}
+        self.start = vocabulary.start if vocabulary else {}
         trained = {id(p) for p in self.rows.values()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in trained or ".lora_" in name)
+
+    def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
+        ups = [p for name, p in self.named_parameters().items() if ".lora_B." in name]
+        starts = [(row, self.start[key].to(row)) for key, row in self.rows.items()]
+        return [(up, torch.zeros_like(up)) for up in ups] + starts
 
     def _collect(self, method: str) -> Adapter | None:
         state = _lora_state(self.system.model)
@@ -142,10 +175,13 @@ class _FullTuning(Tuning):
                 self.before[name] = parameter.data
                 parameter.data = parameter.data.clone()
 
+    def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(parameter, self.before[name]) for name, parameter in self.named_parameters().items()]
+
     def _collect(self, method: str) -> Weights | None:
         changed = {
             name: parameter.detach().cpu().clone()
-            for name, parameter in self.parameters().items()
+            for name, parameter in self.named_parameters().items()
             if not torch.equal(parameter.data, self.before[name])
         }
         return Weights(self.base, method, changed, self.vocabulary) if changed else None
@@ -228,7 +264,6 @@ def _inject(model: nn.Module, config: dict[str, Json], tune: Tune, seed: int) ->
     for name, module in model.named_modules():
         if ".lora_" in name:
             module.float()
-            module.train()
 
 
 def _lora_state(model: nn.Module) -> dict[str, Tensor]:
