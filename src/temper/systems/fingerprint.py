@@ -80,7 +80,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
 
 
 def _config_text(model: nn.Module) -> str:

@@ -75,18 +75,17 @@ class Template:
         Raises DataError where the template rewrites a message.
         """
         text = self._real_text(messages, add_generation_prompt)
+        if not text.startswith(layout.pieces[0]):
+            raise _rewritten(messages, 0)
         found: list[str] = []
-        at = len(layout.pieces[0]) if text.startswith(layout.pieces[0]) else -1
+        at = len(layout.pieces[0])
         for index, message in enumerate(messages):
-            following = layout.pieces[index + 1]
-            kept = _kept(message.content, text, at, following, last=index + 1 == len(messages))
-            if at < 0 or kept is None:
-                raise DataError(
-                    f"The chat template rewrites the content of a {message.role} message",
-                    where=f"message {index}: {message.content[:60]!r}",
-                    cure="Take out what the template reacts to (often thinking or tool tags), or use a template "
-                    "that writes contents as they are.",
-                )
+            following, last = layout.pieces[index + 1], index + 1 == len(messages)
+            kept = _kept(message.content, text, at, following, last)
+            if kept is None:
+                # Where the content itself stands, it is the next message that changed the text before it.
+                stands = not last and any(text.startswith(cut(message.content), at) for cut in CUTS)
+                raise _rewritten(messages, index + stands)
             found.append(kept)
             at += len(kept) + len(following)
         return found
@@ -202,6 +201,15 @@ def _kept(content: str, text: str, at: int, following: str, last: bool) -> str |
         ):
             return kept
     return None
+
+
+def _rewritten(messages: Sequence[Message], index: int) -> DataError:
+    return DataError(
+        f"The chat template rewrites the content of a {messages[index].role} message",
+        where=f"message {index}: {messages[index].content[:60]!r}",
+        cure="Take out what the template reacts to (often thinking or tool tags), or use a template "
+        "that writes contents as they are.",
+    )
 
 
 def _no_system(why: str) -> ConfigError:
