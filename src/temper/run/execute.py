@@ -19,6 +19,7 @@ from temper.core.types import Json, Ticker
 from temper.run.facts import environment
 from temper.run.plan import Cell, Plan, PlannedStep, Request, make_plan
 from temper.run.progress import silent
+from temper.run.ranks import is_worker, launch_folder
 from temper.run.steps import Outcome, Worker, run_step
 from temper.store import lines
 from temper.store.atomic import canonical
@@ -72,6 +73,8 @@ def execute(
 
     With `resume`, there must be such a folder. Raises TemperError; a stopped run says in `run.json` why.
     """
+    if is_worker():
+        return _execute_in_launch(plan, ticker, say)
     folder, fresh = _folder(plan, resume)
     with folder.lock():
         if not fresh and folder.record().get("status") == "done":
@@ -89,6 +92,14 @@ def execute(
             outcomes = (runner or run_cells)(plan, worker)
             num_rows = _Emitter(folder).emit_all(plan)
         return RunResult(folder=folder, plan=plan, outcomes=outcomes, num_rows=num_rows)
+
+
+def _execute_in_launch(plan: Plan, ticker: Ticker, say: Callable[[str], None]) -> RunResult:
+    """One process's share of a launch; the process that launched it holds the folder and emits the rows."""
+    folder = RunFolder.open(launch_folder())
+    worker = Worker(folder=folder, out=Path(plan.request.out), options=plan.options, ticker=ticker, say=say)
+    outcomes = {step.name: run_step(step, worker) for step in plan.steps}
+    return RunResult(folder=folder, plan=plan, outcomes=outcomes, num_rows=0)
 
 
 def run_cells(plan: Plan, worker: Worker) -> dict[str, Outcome]:

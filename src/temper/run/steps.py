@@ -18,6 +18,7 @@ from temper.run.facts import environment, step_facts
 from temper.run.inputs import load_inputs
 from temper.run.options import Options
 from temper.run.plan import PlannedStep
+from temper.run.ranks import announce_start, is_follower, wait_for, was_started
 from temper.run.resolve import open_system
 from temper.run.seeding import seed_everything
 from temper.run.verbs import call_verb
@@ -47,6 +48,8 @@ class Worker:
 def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
     """Finish a step in its folder; the same inputs and settings are never computed twice."""
     step = worker.folder.step(planned.name)
+    if is_follower():
+        return _follow(planned, worker, step)
     with step.lock():
         if step.is_done():
             step.check()
@@ -55,11 +58,13 @@ def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
         if earlier is not None and not _has_checkpoint(step) and _adopted(step, earlier, planned, worker):
             return "reused"
         step.clear()
+        announce_start(step.path)
         started = time.perf_counter()
         hits_before = cache.hits()
         with _opened(planned, worker) as system:
             made = _execute(planned, worker, step, system)
         facts: dict[str, Json] = {
+            "environment": environment(),
             "wall_s": round(time.perf_counter() - started, 3),
             "cache_hits": cache.hits() - hits_before,
         }
@@ -74,6 +79,18 @@ def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
             }
         )
         return "ran"
+
+
+def _follow(planned: PlannedStep, worker: Worker, step: StepFolder) -> Outcome:
+    """Take part in a fit that the first process starts; wait for everything else."""
+    wait_for(lambda: step.is_done() or was_started(step.path))
+    if planned.verb == "fit" and not step.is_done():
+        with _opened(planned, worker) as system:
+            seed_everything(planned.seed, planned.id)
+            data, run = step_data(planned, worker), step_run(planned, worker, step)
+            call_verb(planned.method, planned.verb, system, data, planned.config, run)
+    wait_for(step.is_done)
+    return "ran"
 
 
 def _adopted(step: StepFolder, earlier: StepFolder, planned: PlannedStep, worker: Worker) -> bool:
@@ -159,7 +176,7 @@ class _Clock:
         return {
             "wall_s": round(time.perf_counter() - self.start, 4),
             "cache_hits": cache.hits() - self.hits,
-            "machine": {"node": os.uname().nodename, **environment()},
+            "machine": f"{os.uname().nodename}, {environment()['processor']}, {os.cpu_count()} cores",
         }
 
 

@@ -1,0 +1,144 @@
+"""`temper run`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from temper.cli import requests as req
+from temper.cli.bar import make_ticker
+from temper.cli.output import AsJson, number, print_json, print_table, say
+from temper.cli.plan import describe_cost
+from temper.core.types import Row, Ticker
+from temper.run.estimate import check_cost, estimate
+from temper.run.execute import RunResult, execute
+from temper.run.plan import Plan, make_plan
+from temper.run.progress import silent
+from temper.run.ranks import is_follower, is_worker
+from temper.store import lines
+
+__all__ = ["register", "run_command"]
+
+NUM_SHOWN = 60
+
+
+def register(app: typer.Typer, name: str, help_line: str) -> None:
+    """Add the command to the app."""
+    app.command(name, help=help_line)(run_command)
+
+
+def run_command(
+    source: req.Source,
+    recipe: req.Recipe = None,
+    verb: req.VerbOption = None,
+    system: req.SystemOption = None,
+    data: req.DataOption = None,
+    sets: req.SetOption = None,
+    seeds: req.Seeds = None,
+    arms: req.Arms = None,
+    out: req.Out = "runs",
+    resume: Annotated[bool, typer.Option("--resume", help="Insist on going on with a stopped run.")] = False,
+    evidence: Annotated[
+        bool, typer.Option("--evidence", help="Append the rows to the method's evidence.")
+    ] = False,
+    nproc: Annotated[int, typer.Option(help="Processes, under Accelerate.")] = 1,
+    on: Annotated[str | None, typer.Option(help="ray[:ADDRESS]")] = None,
+    track: Annotated[str | None, typer.Option(help="mlflow")] = None,
+    device: req.Device = None,
+    precision: req.Precision = None,
+    base_url: req.BaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run all cells; the same command again resumes, and repeats nothing that is unchanged."""
+    options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "base_url": base_url,
+        "num_procs": nproc,
+    }
+    request = req.build_request(
+        source, recipe=recipe, verb=verb, system=system, data=data, sets=sets, seeds=seeds, arms=arms, out=out,
+        options=options,
+    )  # fmt: skip
+    from temper.run import launch
+
+    plan = make_plan(request)
+    if evidence:
+        from temper.run.evidence import check_evidence
+
+        check_evidence(plan)
+    if is_worker():
+        execute(plan, ticker=_worker_ticker(), say=_told())
+        return
+    runner = launch.pick_runner(plan, on=on)
+    sink = launch.pick_sink(track)
+    _announce(plan)
+    try:
+        result = execute(plan, resume=resume, ticker=make_ticker(), say=_told(), runner=runner)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        raise typer.Exit(1) from None
+    sink(result)
+    if evidence:
+        from temper.run.evidence import append_evidence
+
+        say(f"{append_evidence(result)} rows appended to the evidence of {plan.pipeline.method}")
+    _show(result, as_json)
+
+
+def _worker_ticker() -> Ticker:
+    return silent if is_follower() else make_ticker()
+
+
+def _told() -> Any:
+    return (lambda text: None) if is_follower() else say
+
+
+def _announce(plan: Plan) -> None:
+    costs = estimate(plan)
+    check_cost(plan, costs)
+    _told()(f"{plan.slug}: {len(plan.cells)} cells, {len(plan.steps)} steps; {describe_cost(costs)}")
+
+
+def _show(result: RunResult, as_json: bool) -> None:
+    if as_json:
+        print_json(iter(lines.read(result.folder.path / "rows.jsonl")))
+        say(str(result.folder.path))
+        return
+    shown: list[tuple[Any, ...]] = []
+    total = 0
+    for row in result.folder.rows():
+        if row.item is None:
+            total += 1
+            if len(shown) < NUM_SHOWN:
+                shown.append(_line(row))
+    if shown:
+        print_table(
+            ("arm", "seed", "step", "metric", "split", "group", "value", "95% from", "to", "n"), shown
+        )
+    if total > len(shown):
+        say(f"... {total - len(shown)} more rows in {result.folder.path / 'rows.jsonl'}")
+    for step in result.plan.steps:
+        if step.verb == "fit":
+            print(f"{step.id} (seed {step.seed}): {result.folder.step(step.name).path}")
+    print(result.folder.path)
+    sys.stdout.flush()
+
+
+def _line(row: Row) -> tuple[Any, ...]:
+    facts = row.facts
+    interval = (number(row.low), number(row.high))
+    value = number(row.value) if row.value is not None else f"none: {row.note}"
+    return (
+        row.arm,
+        facts.get("seed"),
+        facts.get("step"),
+        row.metric,
+        row.split,
+        row.group,
+        value,
+        *interval,
+        row.n,
+    )
