@@ -200,7 +200,27 @@ def test_replies_of_test_refusals_are_not_recalled_from_train(parts):
 
 QUESTION = set(["what", "which", "who", "whom", "whose", "when", "where", "why", "how"])
 AUXILIARY = set(
-    ["is", "are", "was", "were", "do", "does", "did", "can", "could", "would", "will", "should", "has", "have", "had", "may", "must", "am", "ought"]
+    [
+        "is",
+        "are",
+        "was",
+        "were",
+        "do",
+        "does",
+        "did",
+        "can",
+        "could",
+        "would",
+        "will",
+        "should",
+        "has",
+        "have",
+        "had",
+        "may",
+        "must",
+        "am",
+        "ought",
+    ]
 )
 PERSONAL = set(["i", "my", "you", "your", "we", "it", "its", "me", "our"])
 
@@ -235,7 +255,30 @@ def test_surface_features_do_not_tell_refusals_apart(parts, part):
 
 
 def test_lookalikes_share_their_words_with_refusals(parts):
-    stop = set(["the", "a", "an", "of", "in", "is", "to", "and", "it", "for", "what", "how", "which", "does", "do", "are", "my", "me", "i", "you"])
+    stop = set(
+        [
+            "the",
+            "a",
+            "an",
+            "of",
+            "in",
+            "is",
+            "to",
+            "and",
+            "it",
+            "for",
+            "what",
+            "how",
+            "which",
+            "does",
+            "do",
+            "are",
+            "my",
+            "me",
+            "i",
+            "you",
+        ]
+    )
     refused = {
         word for row in parts["train"] if row["kind"] == "refusal" for word in words(prompt(row))
     } - stop

@@ -45,43 +45,41 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def download(lock_line: str, folder: Path, *, size_bytes: int, ticker: Ticker, label: str) -> Path:
-    """The archive that a lock line names, in `folder`; one that is already there is checked, not fetched again.
+    """The archive that a lock line names, in `folder`; one that is already there, with its hash, is kept.
 
     Raises StoreError for no network, an unknown package or another hash; then no archive is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "wanted.lock"
+    there = _wheel(folder, lock_line)
+    if there is not None and lock_line.endswith(f"--hash=sha256:{file_sha256(there)}"):
+        return there
+    code, output = _run_pip(lock_line, folder, max(1, round(size_bytes / MEGABYTE)), ticker, label)
+    wheel = _wheel(folder, lock_line) if code == 0 else None
+    _keep_only(folder, wheel)
+    if wheel is None:
+        raise _pip_error(output, lock_line.partition(" ")[0])
+    return wheel
+
+
+def _run_pip(lock_line: str, folder: Path, megabytes: int, ticker: Ticker, label: str) -> tuple[int, str]:
+    """Run `pip download`; gives its exit code and what it printed."""
+    lock, log = folder / "wanted.lock", folder / "pip.log"
     lock.write_text(lock_line + "\n", "utf-8")
-    log = folder / "pip.log"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-    ]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    options = "--no-deps --only-binary=:all: --require-hashes --no-input --disable-pip-version-check"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--progress-bar=off"]
     command += ["-r", str(lock), "-d", str(folder)]
+    # pip unpacks where TMPDIR says: here, so that progress can be seen and leftovers are ours to clear.
+    env = {**os.environ, "TMPDIR": str(folder)}
     with log.open("wb") as output:
-        # pip unpacks where TMPDIR says: here, so that progress can be seen and leftovers are ours to clear.
-        env = {**os.environ, "TMPDIR": str(folder)}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
         try:
-            total = max(1, round(size_bytes / MEGABYTE))
-            for _ in ticker(_megabytes(process, folder, total), total=total, label=label):
+            for _ in ticker(_megabytes(process, folder, megabytes), total=megabytes, label=label):
                 pass
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait()
-    output_text = log.read_text("utf-8", "replace")
-    wheel = _wheel(folder, lock_line) if process.returncode == 0 else None
-    _keep_only(folder, wheel)
-    if wheel is None:
-        raise _pip_error(output_text, lock_line.partition(" ")[0])
-    return wheel
+            process.wait()
+    return process.returncode, log.read_text("utf-8", "replace")
 
 
 def _keep_only(folder: Path, wheel: Path | None) -> None:

@@ -55,7 +55,7 @@ class AssetInfo:
 
 def cache_dir() -> Path:
     """Where assets live: TEMPER_CACHE, or `~/.cache/temper`."""
-    return Path(os.environ.get("TEMPER_CACHE") or "~/.cache/temper").expanduser()
+    return Path(os.environ.get("TEMPER_CACHE") or "~/.cache/temper").expanduser().absolute()
 
 
 def available() -> Mapping[str, AssetInfo]:

@@ -22,7 +22,7 @@ from temper.core.types import Json, Message
 from temper.data.loading import write_jsonl
 from temper.data.schemas import Choice, Dialogue, Labelled
 
-__all__ = ["convert"]
+__all__ = ["STEPS", "convert"]
 
 TEST_SHARE = 5
 """One film in this many is kept for the test part."""
@@ -30,7 +30,7 @@ TEST_SHARE = 5
 
 def convert(step: str, folder: Path) -> None:
     """Run a named conversion in `folder`."""
-    _STEPS[step](folder)
+    STEPS[step](folder)
 
 
 def _gguf(folder: Path) -> None:
@@ -155,7 +155,7 @@ def _questions(tasks: Iterable[dict[str, Json]]) -> Iterator[Choice]:
             )  # fmt: skip
 
 
-_STEPS: dict[str, Callable[[Path], None]] = {
+STEPS: dict[str, Callable[[Path], None]] = {
     "gguf": _gguf,
     "rotten-tomatoes": _rotten_tomatoes,
     "chitchat": _chitchat,
