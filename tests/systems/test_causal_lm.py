@@ -25,6 +25,16 @@ def tiny(architecture="llama"):
     return CausalLM(model, tokenizer, Chat(tokenizer), spec=f"tiny:{architecture}")
 
 
+@pytest.fixture(scope="module")
+def shared():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_probing_finds_everything_and_changes_nothing(architecture):
     system = tiny(architecture)
@@ -89,7 +99,7 @@ def test_fingerprint_notices_any_tensor():
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_fingerprint_notices_one_element_anywhere(data, shared=tiny()):  # noqa: B008
+def test_fingerprint_notices_one_element_anywhere(data, shared):
     names = sorted(shared.model.state_dict())
     tensor = shared.model.state_dict()[data.draw(st.sampled_from(names))].view(-1)
     place = data.draw(st.integers(0, tensor.numel() - 1))
@@ -174,7 +184,7 @@ def test_unknown_tiny_model():
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=50))
-def test_the_tiny_tokenizer_gives_any_text_back(text, tokenizer=build_tokenizer()):  # noqa: B008
+def test_the_tiny_tokenizer_gives_any_text_back(text, tokenizer):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 

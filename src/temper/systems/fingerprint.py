@@ -15,11 +15,12 @@ from torch import Tensor, nn
 __all__ = ["fingerprint_model"]
 
 VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
     "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
     "use_cache",
 )
 """Config keys that say where a model was found or how it is run, not what it is."""

@@ -69,7 +69,7 @@ def load_base(
 ) -> System:
     """The system a name stands for; safetensors only, and no code from a model's repository by default.
 
-    `tiny:ARCH[:SEED]` is a random model. `chat_template` is a template file that replaces the
+    `attention="sdpa"` becomes eager where the architecture has no sdpa. `tiny:ARCH[:SEED]` is a random model. `chat_template` is a template file that replaces the
     tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is not a causal
     LM or has no safetensors, NeedsError when memory, device or network are missing.
     """
@@ -122,7 +122,8 @@ def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:
     if len(rest) > 1 or not all(part.isdigit() for part in rest):
         raise ConfigError(f"{name!r} is not a tiny model", cure="Write tiny:ARCH or tiny:ARCH:SEED.")
     model, tokenizer = build_tiny(architecture, *(int(part) for part in rest))
-    model.set_attn_implementation(wanted.attention)
+    if wanted.attention != "sdpa":
+        model.set_attn_implementation(wanted.attention)
     return model.to(device=wanted.device, dtype=wanted.dtype), tokenizer
 
 
@@ -157,7 +158,8 @@ def _load_source(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=wanted.dtype,
-            attn_implementation=wanted.attention,
+            # transformers takes sdpa by itself wherever the architecture has it (Gemma 2 does not).
+            attn_implementation=None if wanted.attention == "sdpa" else wanted.attention,
             use_safetensors=True,
             **wanted.common(),
         )
