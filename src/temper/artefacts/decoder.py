@@ -18,7 +18,10 @@ __all__ = ["Decoder"]
 
 @dataclass(eq=False)
 class Decoder(Artefact):
-    """A rule on the next token. The method's `build_decoder(system, artefact)` gives the StepRule."""
+    """A rule on the next token. The method's `build_decoder(system, artefact)` gives the StepRule.
+
+    It takes the place of an earlier rule of the same name: recalibrating replaces, it does not add.
+    """
 
     kind: ClassVar[str] = "decoder"
 
@@ -32,7 +35,8 @@ class Decoder(Artefact):
         only_full_strength(self, strength)
         need_model(system, f"A decoding rule of {self.method!r}")
         rule = builder(self, "build_decoder")(system, self)
-        yield system.with_(step_rules=(*system.step_rules, rule))
+        others = tuple(other for other in system.step_rules if other.name != rule.name)
+        yield system.with_(step_rules=(*others, rule))
 
     def parts(self) -> Parts:
         """What is saved."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from temper.core.errors import DataError, NumericsError
 from temper.core.types import Run
 from temper.ops.batching import Batch, Example, collate, pad_id, plan_batches
-from temper.ops.precision import autocast
+from temper.ops.precision import autocast, eval_mode
 from temper.ops.projection import (
     gather_logprobs,
     head_is_plain,
@@ -52,10 +52,11 @@ class Scored(NamedTuple):
 
 
 class NextToken(NamedTuple):
-    """Logits of some ids at the first token after each prompt, (N, K), and the logsumexp over all ids, (N,)."""
+    """Logits of some ids at the first token after each prompt, (N, K), the logsumexp over all ids, and the best id."""
 
     logits_NK: Tensor
     logsumexp_N: Tensor
+    top_N: Tensor
 
 
 def score_batch(model: nn.Module, batch: Batch) -> Scored:
@@ -159,14 +160,9 @@ def _batches(system: CausalLM, examples: Sequence[Example], run: Run, label: str
 
 @contextmanager
 def _scoring(system: CausalLM, run: Run) -> Iterator[None]:
-    """Inference without dropout in the run's precision; the model's mode comes back."""
-    training = system.model.training
-    system.model.eval()
-    try:
-        with torch.no_grad(), autocast(run):
-            yield
-    finally:
-        system.model.train(training)
+    """No gradient, no dropout, the run's precision."""
+    with eval_mode(system.model), torch.no_grad(), autocast(run):
+        yield
 
 
 def _require_finite(found: Sequence[Tensor]) -> None:
@@ -217,15 +213,25 @@ def _reference_key(system: CausalLM, examples: Sequence[Example], run: Run) -> d
 def next_token_logits(system: CausalLM, prompts_ids: Sequence[list[int]], run: Run) -> Tensor: ...
 @overload
 def next_token_logits(
-    system: CausalLM, prompts_ids: Sequence[list[int]], run: Run, *, columns: Sequence[int]
+    system: CausalLM,
+    prompts_ids: Sequence[list[int]],
+    run: Run,
+    *,
+    columns: Sequence[int],
+    temperature: float = 1.0,
 ) -> NextToken: ...
 def next_token_logits(
-    system: CausalLM, prompts_ids: Sequence[list[int]], run: Run, *, columns: Sequence[int] | None = None
+    system: CausalLM,
+    prompts_ids: Sequence[list[int]],
+    run: Run,
+    *,
+    columns: Sequence[int] | None = None,
+    temperature: float = 1.0,
 ) -> Tensor | NextToken:
     """Logits of the first token after each prompt in float32, (N, V), in the prompts' order, on the CPU.
 
-    With `columns`, only those ids' logits and the logsumexp over all ids, so memory is N x K. The model's own
-    logits: a system's step rules are not applied. Raises DataError for an empty prompt.
+    With `columns`, only those ids' logits, the logsumexp over all ids and the best id, so memory is N x K; there
+    logits are divided by `temperature`. A system's step rules are not applied. Raises DataError for an empty prompt.
     """
     for row, ids in enumerate(prompts_ids):
         if not ids:
@@ -235,15 +241,17 @@ def next_token_logits(
         None if columns is None else torch.as_tensor(list(columns), dtype=torch.long, device=system.device)
     )
     logits: list[Tensor] = [torch.zeros(0)] * len(examples)
-    totals = torch.zeros(len(examples))
+    totals, tops = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
     for batch in _batches(system, examples, run, "first tokens"):
         last_BT = batch.mask_BT & ~batch.mask_BT.roll(-1, dims=1)
         last_BT[:, -1] = batch.mask_BT[:, -1]
         with _scoring(system, run):
             logits_BV = position_logits(system.model, batch, last_BT)
-        totals[batch.rows] = logits_BV.logsumexp(-1).cpu()
+        if ids_K is not None:
+            logits_BV = logits_BV / temperature
+            totals[batch.rows], tops[batch.rows] = logits_BV.logsumexp(-1).cpu(), logits_BV.argmax(-1).cpu()
         kept = (logits_BV if ids_K is None else logits_BV[:, ids_K]).cpu()
         for row, values in zip(batch.rows, kept, strict=True):
             logits[row] = values
     stacked = torch.stack(logits) if logits else torch.zeros(0, 0 if columns is None else len(columns))
-    return stacked if columns is None else NextToken(stacked, totals)
+    return stacked if columns is None else NextToken(stacked, totals, tops)

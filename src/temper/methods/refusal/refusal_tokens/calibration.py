@@ -32,8 +32,8 @@ def read_out(system: CausalLM, records: Sequence[Dialogue], gate: RefusalGate, r
     for row in ids:
         gate.start(row)
     found = next_token_logits(system, ids, run, columns=gate.controls.ids, temperature=gate.temperature)
-    p_NK = (found.logits_NK.double() / gate.temperature - found.logsumexp_N.double()[:, None]).exp().numpy()
-    return ReadOut(p_NK, gate.columns(found.top_N))
+    p_NK = (found.logits_NK.double() - found.logsumexp_N.double()[:, None]).exp()
+    return ReadOut(p_NK.numpy(), gate.columns(found.top_N))
 
 
 def choose_thresholds(read: ReadOut, gold_N: Sequence[int], controls: Controls, config: Config) -> dict[str, float]:
@@ -46,7 +46,7 @@ def choose_thresholds(read: ReadOut, gold_N: Sequence[int], controls: Controls, 
     respond = len(controls.names)
     if config.choose == "f1" and respond > 1 and config.rule in ("gate", "bias"):
         ascent = thresholds.choose_by_category(read.p_NK, gold, names=controls.names)
-        return dict(zip(controls.names, ascent.threshold_C.tolist(), strict=True))
+        return dict(zip(controls.names, ascent.thresholds.tolist(), strict=True))
     score_N = read.refuse_N if config.rule == "sum" else read.p_NK[:, :-1].max(axis=1)
     chosen = thresholds.choose(
         score_N,

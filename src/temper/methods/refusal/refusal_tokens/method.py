@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from temper.artefacts import Artefact, Decoder, Stack, Tune, tuning
-from temper.artefacts.base import chained
 from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Message, Row, Run
 from temper.data.schemas import Data, Dialogue
@@ -109,13 +108,20 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     with tuning(system, _tune(system, config, tokens), run) as tuned:
         controls = _controls(tuned.system, names, tokens, config)
         examples = [encode(tuned.system, record, controls, config) for record in records]
-        train(tuned.system, tuned.parameters(), lambda epoch: examples, SftObjective(), _train_settings(config), run)
+        train(
+            tuned.system.model,
+            tuned.parameters(),
+            lambda epoch: examples,
+            SftObjective(tuned.system.pad_id, tuned.system.device),
+            _train_settings(config),
+            run,
+            length=lambda example: len(example.ids),
+        )
         weights = tuned.finish(SLUG)
         if controls is None:
             return weights
         settings = calibration.settings_for(tuned.system, held_out, controls, config, run)
-    base = chained(system.fingerprint, weights.fingerprint, 1.0)
-    return Stack(system.fingerprint, SLUG, (weights, Decoder(base, SLUG, settings)))
+    return Stack.of([weights, Decoder(system.fingerprint, SLUG, settings)], SLUG)
 
 
 def recalibrate(system: CausalLM, held_out: Sequence[Dialogue], config: Config, run: Run) -> Decoder:
