@@ -216,6 +216,12 @@ def test_specs_that_are_not_data(spec):
         load_data(spec)
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_of_nothing(put, limit):
+    with pytest.raises(ConfigError, match=f"limit is {limit}"):
+        load_data(put("a.jsonl", '{"text": "a"}'), limit=limit)
+
+
 def test_nothing_named():
     with pytest.raises(ConfigError, match="No data is named"):
         load_data({})

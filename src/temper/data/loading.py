@@ -42,6 +42,8 @@ def load_data(
 
     Raises DataError for bad rows, ConfigError for bad specs and missing parts.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}", cure="Give at least 1, or leave it out for all rows.")
     wanted = _wanted(schemas)
     sources = {"": spec} if isinstance(spec, str) else dict(spec)
     if not sources:
