@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,11 +140,12 @@ def test_steering_is_what_the_method_builds(llama: Any, shifty: str, tmp_path: P
     assert record(llama) == before
 
 
-def test_a_decoder_adds_its_rule_last(llama: Any, shifty: str) -> None:
-    first = object()
+def test_a_decoder_adds_its_rule_last_and_replaces_its_namesake(llama: Any, shifty: str) -> None:
+    first, stale = SimpleNamespace(name="first"), SimpleNamespace(name="ban")
     decoder = Decoder(llama.fingerprint, shifty, {"ids": [4, 5]})
-    with decoder.apply(llama.with_(step_rules=(first,))) as changed:
+    with decoder.apply(llama.with_(step_rules=(stale, first))) as changed:
         assert changed.step_rules[0] is first
+        assert len(changed.step_rules) == 2
         out = changed.step_rules[1](torch.zeros(1, 8), [0], [{}])
     assert out[0].isinf().nonzero().flatten().tolist() == [4, 5]
     assert llama.step_rules == ()
@@ -199,7 +201,10 @@ def test_a_system_without_weights_is_refused_where_they_are_needed(llama: Any) -
     ):
         with pytest.raises(NeedsError, match="Endpoint has none"), artefact.apply(Endpoint()):
             pass
-    with pytest.raises(NeedsError, match="takes messages"), Prompt(ANY_BASE, "made-up").apply(Endpoint()):
+    with (
+        pytest.raises(NeedsError, match="rewrites messages; Endpoint has no place"),
+        Prompt(ANY_BASE, "made-up").apply(Endpoint()),
+    ):
         pass
 
 

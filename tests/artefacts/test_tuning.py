@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from temper.artefacts import Adapter, Tune, Weights, tuning
+from temper.core import config
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Run
 
@@ -161,6 +162,16 @@ def test_targets_that_match_nothing_name_the_nearest(llama: Any, run: Run, mode:
 def test_bad_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(reversed(wrong))):
         Tune(**wrong)
+
+
+def test_settings_come_from_plain_values() -> None:
+    built = config.build(
+        Tune, [("recipe", {"r": "8", "targets": ["q_proj"], "new_tokens": ["[a]"], "alpha": "1e1"})]
+    )
+    assert built.config == Tune(r=8, targets=("q_proj",), new_tokens=("[a]",), alpha=10.0)
+    with pytest.raises(ConfigError, match="rank"):
+        config.build(Tune, [("recipe", {"rank": 8})])
+    assert {field.name for field in config.describe(Tune) if not field.doc} == set()
 
 
 def test_the_system_in_training_is_never_taken_for_another(llama: Any, run: Run) -> None:

@@ -31,7 +31,7 @@ class Decoder(Artefact):
 
     @contextlib.contextmanager
     def applying(self, system: Any, strength: float) -> Iterator[Any]:
-        """The system with the rule after those it has; only at strength 1."""
+        """The system with the rule after those it has, in place of one of the same name; only at strength 1."""
         only_full_strength(self, strength)
         need_model(system, f"A decoding rule of {self.method!r}")
         rule = builder(self, "build_decoder")(system, self)

@@ -7,14 +7,16 @@ import importlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from temper.artefacts.base import Artefact, Parts
 from temper.core.errors import ConfigError, StoreError, nearest
+from temper.store.atomic import disk_errors
 
 __all__ = ["FORMAT", "KINDS", "build_artefact", "load_artefact", "write_artefact"]
 
@@ -34,25 +36,23 @@ MANIFEST = "artefact.json"
 
 def write_artefact(artefact: Artefact, folder: Path) -> Path:
     """Write beside the folder first, then move into place; an artefact already there is replaced."""
-    try:
+    with disk_errors("write the artefact", folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:12]}")
+        draft.mkdir()
         try:
             _write_files(artefact, draft)
             _move(draft, folder)
+        except SafetensorError as error:
+            raise StoreError(
+                f"Cannot write the artefact: {error}", where=str(folder), cure="Check free space."
+            ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise StoreError(
-            f"The artefact could not be written: {error}",
-            where=str(folder),
-            cure="Check space and permissions.",
-        ) from error
     return folder
 
 
 def _write_files(artefact: Artefact, draft: Path) -> None:
-    draft.chmod(0o755)  # mkdtemp makes it private
     parts = artefact.parts()
     for name, tensors in parts.tensors.items():
         plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}

@@ -48,8 +48,8 @@ class Prompt(Artefact):
         only_full_strength(self, strength)
         if not hasattr(system, "rewrites"):
             raise NeedsError(
-                f"A prompt of {self.method!r} needs a system that takes messages; {type(system).__name__} does not",
-                cure="Use a language model or an endpoint.",
+                f"A prompt of {self.method!r} rewrites messages; {type(system).__name__} has no place for that",
+                cure="Use a local language model.",
             )
         yield system.with_(rewrites=(*system.rewrites, self.rewrite))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Json
 
-__all__ = ["NOISE", "Vocabulary", "plan_vocabulary"]
+__all__ = ["NOISE", "Vocabulary", "plan_vocabulary", "put_rows"]
 
 NOISE = 0.01
 """Noise on a new row, in standard deviations of all entries: two tokens of the same words must differ."""
