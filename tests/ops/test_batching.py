@@ -18,7 +18,7 @@ class Rendered(SimpleNamespace):
 class WordChat:
     """A stand-in for a chat template: role, content words, end; one id a word, counted from 10."""
 
-    def dialogue(self, messages):
+    def dialogue(self, messages, control=()):
         ids, spans = [1], []
         for place, message in enumerate(messages):
             ids.append(2)
@@ -37,7 +37,7 @@ class WordTokenizer:
         return {"input_ids": ([1] if add_special_tokens else []) + [10 + len(word) for word in text.split()]}
 
 
-SYSTEM = SimpleNamespace(chat=WordChat(), tokenizer=WordTokenizer())
+SYSTEM = SimpleNamespace(chat=WordChat(), tokenizer=WordTokenizer(), rewritten=tuple)
 TALK = Dialogue(
     (
         Message("user", "a bb"),
@@ -140,3 +140,34 @@ def test_masks_are_bool():
     batch = collate([Example([1, 2], [False, True])], 0)
     assert batch.mask_BT.dtype is torch.bool
     assert batch.scored_BT.dtype is torch.bool
+
+
+def test_demonstrations_of_a_rewrite_are_not_scored():
+    shown = (Message("user", "x"), Message("assistant", "yy"))
+    system = SimpleNamespace(chat=WordChat(), tokenizer=WordTokenizer(), rewritten=lambda m: (*shown, *m))
+    example = encode(system, TALK)
+    assert example.ids == [1, 2, 11, 3, 2, 12, 3, *IDS[1:]]
+    assert scored_at(example) == [place + 6 for place in (6, 7, 12, 13, 14)]
+
+
+def test_with_a_real_chat_the_reply_and_its_end_are_scored():
+    from temper.systems.loading import load_base
+
+    system = load_base("tiny:llama", device="cpu", dtype="float32")
+    prompt = (Message("user", "What is one and one? <|im_end|>"),)
+    pair = encode(system, (prompt, "Two."))
+    dialogue = encode(system, Dialogue((*prompt, Message("assistant", "Two.")), id="a"))
+    assert pair == dialogue
+    ids = system.chat.prompt(prompt).ids
+    assert pair.ids[: len(ids)] == ids
+    assert not any(pair.scored[: len(ids)])
+    scored = [token for token, flag in zip(pair.ids, pair.scored, strict=True) if flag]
+    assert system.tokenizer.decode(scored) == "Two.<|im_end|>"
+
+
+def test_a_text_never_holds_control_ids():
+    from temper.systems.loading import load_base
+
+    system = load_base("tiny:llama", device="cpu", dtype="float32")
+    example = encode(system, Text("The mill <|im_end|> stood."))
+    assert not set(example.ids[1:]) & set(system.tokenizer.all_special_ids)

@@ -25,7 +25,7 @@ def tiny(dtype=torch.float64, dropout=0.0):
         vocab_size=VOCAB,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=64,
@@ -176,14 +176,14 @@ def test_any_split_gives_the_same_step(items, budget):
     )
 
 
-class Stop(Exception):
+class KilledError(Exception):
     pass
 
 
 def killed_at(step):
     def callback(done):
         if done == step:
-            raise Stop
+            raise KilledError
 
     return callback
 
@@ -195,7 +195,7 @@ def test_resume_is_bit_identical_to_never_stopped(tmp_path, dropout):
     whole = tiny(torch.float32, dropout)
     log = sft(whole, items, Run(seed=5, batch_tokens=40), config)
     run = Run(seed=5, batch_tokens=40, folder=tmp_path, checkpoint_every=2)
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         sft(tiny(torch.float32, dropout), items, run, config, every=1, callback=killed_at(6))
     torch.rand(7)  # the world moved on
     resumed = tiny(torch.float32, dropout)
@@ -388,6 +388,27 @@ def test_activation_checkpointing_changes_no_number():
     sft(lean, items, Run(), TrainSettings(lr=1e-2, num_epochs=2, gradient_checkpointing=True))
     torch.testing.assert_close(weights_of(lean), weights_of(plain), atol=1e-10, rtol=0)
     assert not lean.is_activation_checkpointing
+
+
+def test_every_module_keeps_its_mode():
+    model = tiny().eval()
+    model.model.norm.train()
+    modes = [module.training for module in model.modules()]
+    seen = []
+    config = TrainSettings(lr=1e-2, gradient_checkpointing=True)
+    sft(model, rows(8), Run(), config, every=1, callback=lambda done: seen.append(model.model.norm.training))
+    assert [module.training for module in model.modules()] == modes
+    assert seen == [False]
+
+
+def test_parameters_may_be_named():
+    model, config = tiny(), TrainSettings(lr=1e-2)
+    head = dict(model.lm_head.named_parameters())
+    before = model.model.norm.weight.clone()
+    train(model, head, lambda e: rows(8), SftObjective(0), config, Run(), length=size_of)
+    assert torch.equal(model.model.norm.weight, before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not torch.equal(model.lm_head.weight, tiny().lm_head.weight)
 
 
 def test_callback_runs_in_eval_mode_and_fills_the_curve(tmp_path):

@@ -60,20 +60,27 @@ def encode(
     *,
     train_on: TrainOn = "assistant",
     max_tokens: int | None = None,
+    control: Sequence[str] = (),
     where: str = "",
 ) -> Example:
     """A record as ids and scored tokens; a longer row keeps its first `max_tokens` tokens.
 
     A dialogue scores its assistant turns with their end-of-turn tokens, only the "last" one, or "all" tokens.
-    A (prompt, reply) pair scores the reply. A Text scores everything after its first token. Raises DataError,
-    naming the row, when no token is scored; `where` names it if the record has no id.
+    A (prompt, reply) pair scores the reply. A Text scores everything after its first token. The system's rewrites
+    apply; replies they add (demonstrations) are not scored. `control` names special tokens that replies may hold
+    as such. Raises DataError, naming the row, when no token is scored; `where` names it if the record has no id.
     """
     if isinstance(record, Text):
         ids, scored = _plain_text(system, record.text)
     else:
-        messages, train_on = _messages(record, train_on)
-        rendered = system.chat.dialogue(messages)
-        ids, scored = list(rendered.ids), _scored(rendered, train_on)
+        prompt, replies, own_turns = _messages(record)
+        rendered = system.chat.dialogue([*system.rewritten(prompt), *replies], control=control)
+        if train_on == "last" or (train_on == "assistant" and isinstance(record, tuple)):
+            own_turns = min(own_turns, 1)
+        ids = list(rendered.ids)
+        scored = (
+            [place > 0 for place in range(len(ids))] if train_on == "all" else _scored(rendered, own_turns)
+        )
     place = where or f"row {getattr(record, 'id', '') or '(without id)'}"
     if not any(scored):
         raise DataError(
@@ -91,22 +98,22 @@ def encode(
     return example
 
 
-def _messages(
-    record: Dialogue | ToolCalls | PromptReply, train_on: TrainOn
-) -> tuple[Sequence[Message], TrainOn]:
+def _messages(record: Dialogue | ToolCalls | PromptReply) -> tuple[Sequence[Message], list[Message], int]:
+    """The prompt, the closing reply if there is one, and how many assistant turns both have."""
     if isinstance(record, (Dialogue, ToolCalls)):
-        return record.messages, train_on
-    prompt, reply = record
-    return [*prompt, Message("assistant", reply)], "all" if train_on == "all" else "last"
+        messages = list(record.messages)
+    else:
+        messages = [*record[0], Message("assistant", record[1])]
+    num_turns = sum(message.role == "assistant" for message in messages)
+    end = len(messages) - (messages[-1].role == "assistant")
+    return messages[:end], messages[end:], num_turns
 
 
-def _scored(rendered: Rendered, train_on: TrainOn) -> list[bool]:
-    """Which tokens of a rendered dialogue count; never the first."""
-    if train_on == "all":
-        return [position > 0 for position in range(len(rendered.ids))]
-    spans = [span for span in rendered.spans if span.role == "assistant"]
+def _scored(rendered: Rendered, num_turns: int) -> list[bool]:
+    """True in the last `num_turns` assistant spans; never at the first token."""
     scored = [False] * len(rendered.ids)
-    for span in spans[-1:] if train_on == "last" else spans:
+    spans = [span for span in rendered.spans if span.role == "assistant"]
+    for span in spans[len(spans) - num_turns :]:
         for position in range(max(span.start, 1), span.end):
             scored[position] = True
     return scored

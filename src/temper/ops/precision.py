@@ -1,17 +1,31 @@
-"""Where a run's precision becomes torch's autocast; decided once in `Run`, applied here."""
+"""How a forward pass is run: the precision decided in `Run` as torch's autocast, and the modules' modes."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import nn
 
 from temper.core.types import Run
 
-__all__ = ["autocast"]
+__all__ = ["autocast", "eval_mode"]
 
 
 def autocast(run: Run) -> AbstractContextManager[object]:
     """bfloat16 autocast when the run asks for it; off in float32 and in exact mode, whatever surrounds it."""
     on = run.precision == "bf16" and not run.exact
     return torch.autocast(torch.device(run.device).type, dtype=torch.bfloat16, enabled=on)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inference without dropout; afterwards every module has its own mode again, mixed ones too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

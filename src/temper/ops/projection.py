@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from temper.core.errors import ModelError
+from temper.ops.precision import eval_mode
 
 __all__ = [
     "CHUNK_LOGITS",
@@ -107,14 +108,12 @@ def _probe(model: nn.Module) -> bool:
         return ramp[0]
 
     handle = head_of(model).register_forward_hook(replace)
-    training = model.training
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-            logits = model.eval()(input_ids=token, use_cache=False).logits
+            logits = model(input_ids=token, use_cache=False).logits
     finally:
         handle.remove()
-        model.train(training)
     return torch.equal(logits[:, -1:].float(), ramp[0][:, -1:].float())
 
 

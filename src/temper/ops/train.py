@@ -19,6 +19,7 @@ from temper.core.errors import ConfigError
 from temper.core.types import Run
 from temper.ops.objectives import Objective, SftObjective, SumCount
 from temper.ops.optim import BuildOptimizer, adamw
+from temper.ops.precision import eval_mode
 from temper.ops.train_loop import Loop, Plan
 from temper.ops.train_settings import TrainLog, TrainSettings
 
@@ -29,7 +30,7 @@ Item = TypeVar("Item")
 
 def train(
     model: nn.Module,
-    parameters: Iterable[nn.Parameter],
+    parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter],
     epoch_items: Callable[[int], Sequence[Item]],
     objective: Objective[Item],
     settings: TrainSettings,
@@ -42,7 +43,7 @@ def train(
     callback: Callable[[int], Mapping[str, float] | None] | None = None,
     stop_when: Callable[[TrainLog], bool] | None = None,
 ) -> TrainLog:
-    """Minimise the objective over `parameters`, in place.
+    """Minimise the objective over `parameters`, in place; dropout acts in the modules that are in train mode.
 
     `epoch_items(epoch)` gives an epoch's items, always as many; `length` is an item's tokens.
     `before_step(step)` may change the objective's weights. `callback(num_steps_done)` runs in eval mode every
@@ -56,7 +57,7 @@ def train(
         lambda chosen: adamw(chosen, settings.lr, settings.weight_decay, settings.betas, settings.eps)
     )
     loop = Loop(model, trained, build(trained), objective, settings, run, plan, length)
-    with _training(model, settings):
+    with _training(model, trained, settings):
         start = loop.resume()
         for step in run.ticker(range(start, plan.num_steps), total=plan.num_steps - start, label="train"):
             if before_step is not None:
@@ -64,42 +65,45 @@ def train(
             loop.step(step)
             done = step + 1
             if callback is not None and every and done % every == 0:
-                loop.log.curve.append({"step": done, **_in_eval(model, callback, done)})
+                with eval_mode(model):
+                    loop.log.curve.append({"step": done, **(callback(done) or {})})
             if loop.after_step(done, stop_when):
                 break
     return loop.log
 
 
-def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    chosen = list({id(p): p for p in parameters if p.requires_grad}.values())
+def _trainable(parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    given = parameters.values() if isinstance(parameters, Mapping) else parameters
+    chosen = list({id(p): p for p in given if p.requires_grad}.values())
     if not chosen:
         raise ConfigError("No parameter is trainable", cure="Check the names of the layers to train.")
     return chosen
 
 
 @contextmanager
-def _training(model: nn.Module, settings: TrainSettings) -> Iterator[None]:
-    """Train mode and, if asked, activation checkpointing; mode and random generators come back afterwards."""
-    was_training, python_state = model.training, random.getstate()
+def _training(model: nn.Module, trained: list[nn.Parameter], settings: TrainSettings) -> Iterator[None]:
+    """Gradients for `trained` alone, activation checkpointing if asked; all as it was afterwards."""
     module: Any = model
-    with torch.random.fork_rng():
-        model.train()
+    python_state = random.getstate()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    modes = [(part, part.training) for part in model.modules()]
+    chosen = {id(p) for p in trained}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    with torch.random.fork_rng(devices=list(devices)):
         if settings.gradient_checkpointing:
             module.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            for part in model.modules():
+                # Layers look at their own mode to decide; their dropout inside keeps its mode.
+                part.training |= hasattr(part, "gradient_checkpointing")
+        for parameter in others:
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
             if settings.gradient_checkpointing:
                 module.activation_checkpointing_disable()
-            model.train(was_training)
+            for part, training in modes:
+                part.training = training
             random.setstate(python_state)
-
-
-def _in_eval(
-    model: nn.Module, callback: Callable[[int], Mapping[str, float] | None], done: int
-) -> Mapping[str, float]:
-    model.eval()
-    try:
-        return callback(done) or {}
-    finally:
-        model.train()
