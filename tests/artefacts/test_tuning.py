@@ -11,6 +11,9 @@ from temper.artefacts import Adapter, Tune, Weights, tuning
 from temper.core import config
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Run
+from temper.ops.batching import Example
+from temper.ops.train import SftObjective, TrainSettings
+from temper.ops.train import train as train_loop
 
 from .conftest import logits, make_system, record, train
 
@@ -198,3 +201,26 @@ def test_the_reference_is_the_start_and_training_goes_on_after_it(system: Any, r
         assert not torch.equal(logits(t.system), moved)
     if "tokens" not in mode:
         assert torch.equal(start, untouched)
+
+
+def test_the_training_loop_trains_a_tuning(llama: Any, run: Run) -> None:
+    new = len(llama.tokenizer)
+    examples = [Example([5, 9, new, 4, 1], [False, False, True, True, True])] * 4
+    before = record(llama)
+    with tuning(llama, Tune(r=4, new_tokens=("[REFUSE]",)), run) as t:
+        settings = TrainSettings(lr=0.05, num_epochs=5, batch_rows=2)
+        log = train_loop(
+            t.system.model,
+            t.parameters(),
+            lambda epoch: examples,
+            SftObjective(pad_id=0),
+            settings,
+            run,
+            length=lambda example: len(example.ids),
+        )
+        assert log.num_steps == 10
+        artefact = t.finish("made-up")
+    assert record(llama) == before
+    ids = torch.tensor([[5, 9]])
+    with artefact.apply(llama) as changed:
+        assert int(logits(changed, ids)[0, -1].argmax()) == new

@@ -13,6 +13,9 @@ from temper.artefacts.trained_rows import RowsEmbedding, RowsHead, train_rows
 from temper.artefacts.vocabulary import NOISE, plan_vocabulary
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Message, Run
+from temper.ops.batching import Example, collate
+from temper.ops.logprobs import score_batch
+from temper.ops.precision import autocast
 
 from .conftest import make_system, train
 
@@ -88,6 +91,26 @@ def test_gradient_reaches_tied_rows_from_both_ends(llama: Any, run: Run) -> None
             model(input_ids=ids, labels=ids).loss, model.get_input_embeddings().weight
         )
     torch.testing.assert_close(both[0], whole[new], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_scored_positions_give_the_rows_the_gradient_of_the_full_logits(system: Any, precision: Any) -> None:
+    run = Run(seed=3, precision=precision)
+    new = len(system.tokenizer)
+    example = Example([5, new, 9, new, 4], [False, True, False, True, True])
+    with tuning(system, Tune(r=2, new_tokens=("[REFUSE]",)), run) as t, autocast(run):
+        rows = [p for name, p in t.named_parameters().items() if name.endswith(".rows")]
+        fast = score_batch(t.system.model, collate([example], 0, "cpu")).logp_S
+        ids = torch.tensor([example.ids])
+        slow = t.system.model(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        slow = slow.gather(-1, ids[0, 1:, None])[:, 0][torch.tensor(example.scored[1:])]
+        tolerance = 1e-5 if precision == "float32" else 0.03
+        torch.testing.assert_close(fast, slow, atol=tolerance, rtol=tolerance)
+        for got, wanted in zip(
+            torch.autograd.grad(fast.sum(), rows), torch.autograd.grad(slow.sum(), rows), strict=True
+        ):
+            assert float(wanted.abs().max()) > 1e-3
+            torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_only_the_named_rows_move_and_the_adapter_keeps_them(system: Any, run: Run) -> None:
