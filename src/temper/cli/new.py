@@ -74,7 +74,9 @@ def write_scratch(root: Path, family: str, method: str) -> Path:
     if folder.exists():
         raise ConfigError(f"{str(folder)!r} is there already", cure="Choose another name.")
     slug = method.replace("_", "-")
-    words = {"name": method, "slug": slug, "title": slug.replace("-", " ").capitalize()}
+    # A method outside the package has no fixed package name, so its modules name each other relatively.
+    home = f"temper.methods.{family}.{method}" if root.resolve() == registry.BUILTIN else ""
+    words = {"name": method, "slug": slug, "title": slug.replace("-", " ").capitalize(), "home": home}
     scratch = resources.files("temper.cli.scratch")
     with disk_errors("write", folder):
         folder.mkdir(parents=True)
