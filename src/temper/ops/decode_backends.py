@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -223,12 +224,27 @@ def slots_work(model: PreTrainedModel, device: torch.device, longest: int) -> bo
     key = (attention, model.dtype, str(device), torch.is_autocast_enabled(device.type))
     known = _PROBED.setdefault(model, {})
     if key not in known:
-        known[key] = _probe(model, device)
+        with _without_hooks(model):
+            known[key] = _probe(model, device)
         if not known[key]:
             logger.warning("%s decodes one row at a time (batched decoding differs)", type(model).__name__)
     return known[key]
 
 
+@contextmanager
+def _without_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """The bare model: a hook may count its calls, or know only the prompts it was made for."""
+    kept = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
+    for module, _, _ in kept:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, after, before in kept:
+            module._forward_hooks, module._forward_pre_hooks = after, before
+
+
+@torch.no_grad()
 def _probe(model: PreTrainedModel, device: torch.device) -> bool:
     """Two rows of unequal length, prefilled and stepped in slots, against plain forward passes."""
     size = model.config.get_text_config().vocab_size

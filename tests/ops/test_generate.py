@@ -1,0 +1,373 @@
+import random
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from temper.core.errors import ConfigError, DataError, NeedsError, NumericsError
+from temper.core.types import Message, Run
+from temper.ops.decode_backends import PromptRow, RowBackend, SlotBackend, slots_work
+from temper.ops.generate import Reply, Sampling, generate, prompt_ids
+from temper.ops.rows import current_rows
+from temper.systems.remote import Remote
+
+RUN = Run(batch_tokens=64)
+LENGTHS = (7, 1, 23, 12, 3, 30, 12, 18)
+DRAWN = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
+
+
+def ids_of(replies):
+    return [reply.ids for reply in replies]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "qwen2", "gemma", "gemma2", "mistral", "mistral-wide", "neox"]
+)
+def test_greedy_batches_equal_the_slow_twin(lively, random_prompts, slow_greedy, kind, attention):
+    if (kind, attention) == ("gemma2", "sdpa"):
+        pytest.skip("this architecture has no sdpa")
+    system = lively(kind, attention)
+    prompts = random_prompts(LENGTHS, prefix=random_prompts([20])[0]) + random_prompts([5])
+    for group in (prompts[:-1], prompts):  # with and without a common prefix
+        want = [slow_greedy(system, ids, 14) for ids in group]
+        for options in ({"width": 3}, {"width": 64}, {"engine": "rows"}):
+            got = generate(system, group, Sampling(max_new_tokens=14), RUN, **options)
+            assert ids_of(got) == want, options
+
+
+@pytest.mark.parametrize(
+    ("kind", "together"),
+    [("llama", True), ("gpt2", True), ("mistral-wide", True), ("mistral", False), ("mamba", False)],
+)
+def test_rows_share_passes_only_where_the_cache_allows(lively, kind, together):
+    system = lively(kind, "eager" if kind == "mamba" else "sdpa")
+    assert slots_work(system.model, system.device, longest=100) is together
+
+
+@pytest.mark.filterwarnings("ignore")  # the reference kernels announce themselves
+def test_a_model_without_key_value_cache_still_generates(lively, random_prompts, slow_greedy):
+    system = lively("mamba", "eager")
+    prompts = random_prompts((3, 6))
+    got = generate(system, prompts, Sampling(max_new_tokens=5), RUN)
+    assert ids_of(got) == [slow_greedy(system, ids, 5) for ids in prompts]
+
+
+def test_exact_mode_is_bit_equal_whatever_the_batch(lively, random_prompts):
+    system = lively("llama")
+    prompts = [PromptRow(n, ids) for n, ids in enumerate(random_prompts(LENGTHS))]
+    with torch.no_grad():
+        together = RowBackend(system.model, system.device)
+        alone = [RowBackend(system.model, system.device) for _ in prompts]
+        first = together.prefill(prompts)
+        firsts = [backend.prefill([p])[0] for backend, p in zip(alone, prompts, strict=True)]
+        for slot, prefilled in enumerate(first):
+            together.load(slot, prefilled)
+            alone[slot].load(0, firsts[slot])
+            assert torch.equal(prefilled.logits_V, firsts[slot].logits_V)
+        tokens, positions = list(range(9, 17)), [len(p.ids) for p in prompts]
+        logits_BV = together.step(prompts, tokens, positions)
+        for row, backend in enumerate(alone):
+            one_V = backend.step([prompts[row]], [tokens[row]], [positions[row]])[0]
+            assert torch.equal(logits_BV[row], one_V)
+
+
+def test_exact_and_sampled_replies_do_not_depend_on_neighbours(lively, random_prompts):
+    system = lively("llama")
+    prompts = random_prompts(LENGTHS)
+    for run in (Run(exact=True), RUN):
+        whole = generate(system, prompts, DRAWN, run, num_samples=2)
+        assert len({tuple(reply.ids) for reply in whole}) == len(whole)
+        part = generate(system, prompts[:3], DRAWN, run, num_samples=2)
+        assert ids_of(part) == ids_of(whole[:6])
+    assert ids_of(generate(system, prompts, DRAWN, RUN, num_samples=2, width=3)) == ids_of(whole)
+    fewer = generate(system, prompts, DRAWN, RUN)
+    assert ids_of(fewer) == ids_of(whole[::2]), "sample 0 is the same however many are drawn"
+    assert ids_of(
+        generate(system, prompts, Sampling(max_new_tokens=12, temperature=1.0, seed=4), RUN)
+    ) != ids_of(fewer)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(1, 25), min_size=1, max_size=7),
+    st.integers(1, 5),
+    st.integers(16, 200),
+    st.booleans(),
+)
+def test_any_batch_gives_what_single_prompts_give(
+    lively, random_prompts, slow_greedy, lengths, width, budget, shared
+):
+    system = lively("llama")
+    prefix = random_prompts([17], seed=9)[0] if shared else ()
+    prompts = random_prompts(lengths, seed=sum(lengths), prefix=prefix)
+    got = generate(system, prompts, Sampling(max_new_tokens=6), Run(batch_tokens=budget), width=width)
+    assert ids_of(got) == [slow_greedy(system, ids, 6) for ids in prompts]
+
+
+def test_only_last_positions_reach_the_vocabulary(lively, random_prompts):
+    system = lively("llama")
+    seen = []
+    handle = system.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    generate(system, random_prompts(LENGTHS), Sampling(max_new_tokens=3), RUN)
+    handle.remove()
+    assert set(seen) == {1}
+
+
+def test_a_shared_prefix_is_computed_once(lively, random_prompts):
+    system = lively("llama")
+    prompts = random_prompts((4, 5, 6), prefix=random_prompts([40])[0])
+    counted = []
+
+    def count(backend):
+        original = system.model.model.forward
+
+        def forward(*args, **kwargs):
+            counted.append(kwargs["input_ids"].numel())
+            return original(*args, **kwargs)
+
+        system.model.model.forward = forward
+        with torch.no_grad():
+            backend.prefill([PromptRow(n, ids) for n, ids in enumerate(prompts)])
+        del system.model.model.forward
+
+    count(SlotBackend(system.model, system.device, 3, prompts[0][:40]))
+    assert counted == [40, 3 * 6]
+
+
+def test_samples_share_their_prompts_prefill(lively, random_prompts):
+    system = lively("llama")
+    lengths = []
+
+    def look(module, args, kwargs):
+        rows = current_rows()
+        if rows and rows.start_B[0] == 0:
+            lengths.append(len(rows.index_B))
+
+    generate(system, random_prompts((5,)), DRAWN, RUN)  # the probe of the model is over
+    handle = system.model.model.register_forward_pre_hook(look, with_kwargs=True)
+    generate(system, random_prompts((5, 9)), DRAWN, RUN, num_samples=7, width=4)
+    handle.remove()
+    assert lengths == [2]
+
+
+class Force:
+    """Writes 2 + (prompt length) at the first step and counts its calls."""
+
+    name = "force"
+
+    def start(self, prompt_ids):
+        return {"token": 20 + len(prompt_ids), "calls": 0}
+
+    def __call__(self, logits_BV, position_B, states):
+        for row, (position, state) in enumerate(zip(position_B, states, strict=True)):
+            state["calls"] += 1
+            if position == 0:
+                logits_BV[row] = -torch.inf
+                logits_BV[row, state["token"]] = 0.0
+        return logits_BV
+
+
+@pytest.mark.parametrize("engine", ["auto", "rows"])
+def test_step_rules_see_their_own_row_and_report(lively, random_prompts, slow_greedy, engine):
+    system = lively("llama").with_(step_rules=(Force(),))
+    prompts = random_prompts(LENGTHS)
+    replies = generate(system, prompts, Sampling(max_new_tokens=9), RUN, width=3, engine=engine)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert reply.ids[0] == 20 + len(prompt)
+        assert reply.info["force"] == {"token": 20 + len(prompt), "calls": len(reply.ids)}
+        assert reply.ids[1:] == slow_greedy(system, [*prompt, reply.ids[0]], 8)
+
+
+def test_rules_passed_in_come_after_the_systems(lively):
+    class Undo(Force):
+        name = "undo"
+
+        def start(self, prompt_ids):
+            return {"token": 11, "calls": 0}
+
+    system = lively("llama").with_(step_rules=(Force(),))
+    reply = generate(system, [[5, 6]], Sampling(max_new_tokens=2), RUN, rules=(Undo(),))[0]
+    assert reply.ids[0] == 11
+    assert list(reply.info) == ["force", "undo"]
+
+
+def test_stop_strings_end_the_row_and_leave_the_text(lively, random_prompts):
+    system = lively("llama")
+    prompts = random_prompts(LENGTHS)
+    free = generate(system, prompts, Sampling(max_new_tokens=20), RUN)
+    stop = free[0].text[3:6]
+    stopped = generate(system, prompts, Sampling(max_new_tokens=20, stop=(stop,)), RUN)
+    assert stop in free[0].text
+    for before, after in zip(free, stopped, strict=True):
+        assert stop not in after.text
+        assert after.ids == before.ids[: len(after.ids)]
+        assert after.text == before.text.split(stop)[0]
+        if stop in before.text:
+            assert after.finish == "stop"
+            assert stop in system.tokenizer.decode(after.ids, skip_special_tokens=True)
+            assert stop not in system.tokenizer.decode(after.ids[:-1], skip_special_tokens=True)
+
+
+def test_an_end_token_finishes_the_row_and_stays_out_of_the_text(lively):
+    class EndAtThree(Force):
+        def __call__(self, logits_BV, position_B, states):
+            for row, position in enumerate(position_B):
+                if position == 3:
+                    logits_BV[row, 2] = 1e4
+            return logits_BV
+
+    system = lively("llama")
+    reply = generate(system, [[5, 6, 7]], Sampling(max_new_tokens=20), RUN, rules=(EndAtThree(),))[0]
+    assert reply.finish == "stop"
+    assert reply.ids[3:] == [2]
+    assert "<|im_end|>" not in reply.text
+    assert reply.num_prompt_tokens == 3
+
+
+def test_prompts_as_text_messages_and_ids_agree(lively):
+    system = lively("llama")
+    ids = prompt_ids(system, "Who wrote the letter?")
+    forms = ["Who wrote the letter?", [Message("user", "Who wrote the letter?")],
+             [{"role": "user", "content": "Who wrote the letter?"}], ids]  # fmt: skip
+    replies = generate(system, forms, Sampling(max_new_tokens=4), RUN)
+    assert len({reply.text for reply in replies}) == 1
+    assert ids == list(system.chat.prompt([Message("user", "Who wrote the letter?")]).ids)
+
+
+def test_rewrites_apply_to_messages_and_text_but_not_to_ids(lively):
+    def shout(messages):
+        return [Message(m.role, m.content.upper()) for m in messages]
+
+    system = lively("llama")
+    loud = system.with_(rewrites=(shout,))
+    assert prompt_ids(loud, "where") == prompt_ids(system, "WHERE")
+    assert prompt_ids(loud, [5, 6]) == [5, 6]
+
+
+def test_a_reply_ends_at_the_context_and_a_full_prompt_is_refused(lively, random_prompts):
+    system = lively("llama")
+    prompts = [*random_prompts((150, 4))]
+    replies = generate(system, prompts, Sampling(max_new_tokens=40), RUN)
+    assert len(replies[0].ids) == 10
+    assert replies[0].finish == "length"
+    with pytest.raises(DataError, match=r"prompt 1\b"):
+        generate(system, [*random_prompts((4, 160))], Sampling(), RUN)
+    with pytest.raises(DataError, match="no tokens"):
+        generate(system, [[]], Sampling(), RUN)
+
+
+def test_bad_requests_are_refused(lively):
+    system = lively("llama")
+    with pytest.raises(ConfigError, match="num_samples=0"):
+        generate(system, ["a"], Sampling(), RUN, num_samples=0)
+    assert generate(system, [], Sampling(), RUN) == []
+
+
+def test_nan_logits_stop_with_the_prompts_number(lively):
+    system = lively("llama")
+    with torch.no_grad():
+        system.model.model.norm.weight[:] = torch.nan
+    with pytest.raises(NumericsError, match="prompt 0"):
+        generate(system, [[5, 6]], Sampling(max_new_tokens=2), RUN)
+
+
+def test_training_mode_is_off_inside_and_back_afterwards(lively, random_prompts, slow_greedy):
+    system = lively("gpt2")
+    system.model.train()
+    system.model.transformer.h[0].eval()
+    prompts = random_prompts((4, 9))
+    got = generate(system, prompts, Sampling(max_new_tokens=6), RUN)
+    assert system.model.training
+    assert not system.model.transformer.h[0].training
+    system.model.eval()
+    assert ids_of(got) == [slow_greedy(system, ids, 6) for ids in prompts]
+
+
+def test_bf16_autocast_and_bf16_weights_run(lively, random_prompts):
+    system = lively("llama")
+    prompts = random_prompts(LENGTHS)
+    half = generate(system, prompts, Sampling(max_new_tokens=5), Run(precision="bf16"))
+    assert all(len(reply.ids) == 5 or reply.finish == "stop" for reply in half)
+    system.model.to(torch.bfloat16)
+    assert slots_work(system.model, system.device, 40)
+    assert len(generate(system, prompts, Sampling(max_new_tokens=5), RUN)) == len(prompts)
+
+
+def test_progress_counts_every_reply(lively, random_prompts):
+    seen = []
+
+    def ticker(items, *, total=None, label=""):
+        seen.append(total)
+        for item in items:
+            seen.append(item.finish)
+            yield item
+
+    generate(lively("llama"), random_prompts((3, 4)), DRAWN, Run(ticker=ticker), num_samples=2)
+    assert seen[0] == 4
+    assert len(seen) == 5
+
+
+def test_order_of_prompts_does_not_change_greedy_replies(lively, random_prompts):
+    system = lively("llama")
+    prompts = random_prompts(LENGTHS)
+    order = list(range(len(prompts)))
+    random.Random(1).shuffle(order)
+    plain = generate(system, prompts, Sampling(max_new_tokens=8), RUN)
+    shuffled = generate(system, [prompts[n] for n in order], Sampling(max_new_tokens=8), RUN)
+    assert ids_of(shuffled) == [plain[n].ids for n in order]
+
+
+def test_vllm_is_asked_for_by_name_and_missing_kindly(lively):
+    with pytest.raises(NeedsError, match="pip install vllm"):
+        generate(lively("llama"), ["hello"], Sampling(), RUN, engine="vllm")
+
+
+def test_vllm_gets_ids_and_settings_and_refuses_what_it_cannot_run(lively, monkeypatch):
+    asked = {}
+
+    class LLM:
+        def __init__(self, **kwargs):
+            asked.update(kwargs)
+
+        def generate(self, prompts, wanted):
+            asked.update(prompts=prompts, wanted=wanted)
+            one = types.SimpleNamespace(text="so", token_ids=[7, 8], finish_reason="stop")
+            return [types.SimpleNamespace(outputs=[one, one]) for _ in prompts]
+
+    fake = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **kwargs: kwargs)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    system = lively("llama")
+    with pytest.raises(NeedsError, match="step rules and a model without a place"):
+        generate(system, [[5, 6]], DRAWN, RUN, engine="vllm", rules=(Force(),))
+    system.model.config._name_or_path = "some/model"
+    replies = generate(system, [[5, 6], [7]], DRAWN, RUN, engine="vllm", num_samples=2)
+    assert [reply.num_prompt_tokens for reply in replies] == [2, 2, 1, 1]
+    assert asked["prompts"] == [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7]}]
+    assert (asked["wanted"]["top_k"], asked["wanted"]["max_tokens"]) == (-1, 12)
+
+
+def test_a_remote_system_gets_messages_and_refuses_what_it_cannot_run(monkeypatch):
+    asked = []
+
+    def complete(self, conversations, sampling, **options):
+        asked.append((conversations, sampling.seed))
+        return [Reply(f"{len(c)}/{sampling.seed}", [], "stop", 1, {}) for c in conversations]
+
+    monkeypatch.setattr(Remote, "complete", complete)
+    system = Remote(model="m", base_url="http://127.0.0.1:1")
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    replies = generate(system, ["hello", talk], Sampling(seed=5), RUN, num_samples=2)
+    assert [reply.text for reply in replies] == ["1/5", "1/6", "3/5", "3/6"]
+    assert asked[0][0][0] == [Message("user", "hello")]
+    with pytest.raises(NeedsError, match="step rules"):
+        generate(system, ["hello"], Sampling(), RUN, rules=(Force(),))
+    with pytest.raises(NeedsError, match="prompt 1"):
+        generate(system, ["hello", [5, 6]], Sampling(), RUN)
