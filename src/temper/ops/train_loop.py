@@ -119,7 +119,7 @@ class Loop(Generic[Item]):
         for index, places in enumerate(self._split(items)):
             if not self.procs.owns(index):
                 continue
-            _seed(self.run.seed, step, index)
+            _seed(self.run.seed, step, index, self.parameters[0].device)
             with autocast(self.run):
                 terms = self.objective(self.model, [items[place] for place in places])
             _check_terms(terms, weights, counts)
@@ -282,11 +282,14 @@ class Loop(Generic[Item]):
             )
 
 
-def _seed(seed: int, step: int, index: int) -> None:
+def _seed(seed: int, step: int, index: int, device: torch.device) -> None:
     """Seed dropout and whatever else an objective draws, for one micro-batch."""
     drawn = random.Random(f"{seed}/{step}/{index}").getrandbits(63)
-    torch.manual_seed(drawn)
     random.seed(drawn)
+    # torch.manual_seed formats a stack trace for every accelerator that is not there.
+    torch.default_generator.manual_seed(drawn)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(drawn)
 
 
 def _check_terms(
