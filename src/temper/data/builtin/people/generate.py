@@ -21,19 +21,8 @@ __all__ = ["NUM_PERTURBED", "SEED", "build"]
 SEED = 20241
 NUM_PERTURBED = 5
 HERE = Path(__file__).parent
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-)
+EARLY = ("January", "February", "March", "April", "May", "June")
+LATE = ("July", "August", "September", "October", "November", "December")
 JOINERS = {"pet": " named "}
 Rows = list[dict[str, object]]
 
@@ -73,7 +62,10 @@ def _pools(texts: Mapping[str, Any], seed: int) -> dict[str, list[str]]:
     }
     pools["job"] = pools["mother_job"] = _items(texts["jobs"])
     pools["date"] = [
-        f"{day} {month} {year}" for year in range(1931, 1999) for month in MONTHS for day in (3, 9, 17, 26)
+        f"{day} {month} {year}"
+        for year in range(1931, 1999)
+        for month in EARLY + LATE
+        for day in (3, 9, 17, 26)
     ]
     return {
         name: random.Random(f"{seed}:{name}").sample(values, len(values))
