@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
 def compare_runs(run_a: RunFolder, run_b: RunFolder) -> list[Comparison]:
     """Every metric that both runs have; raises DataError when they share none.
 
-    Rows by item are paired by seed and item. A metric with rows by item is not compared by seed as well.
+    Rows by item are averaged over seeds and paired by item. A metric with rows by item is not compared by seed as well.
     """
     a, b = _collect(run_a), _collect(run_b)
     pairs = {key: _paired(a[key], b[key]) for key in a if key in b}
@@ -57,28 +57,32 @@ def compare_runs(run_a: RunFolder, run_b: RunFolder) -> list[Comparison]:
     return _corrected(kept)
 
 
-Collected = dict[tuple[Group, Literal["items", "seeds"]], dict[tuple[int, str, str], float]]
+Place = tuple[str, str]
+"""A seed or an item, and the matrix values: what two values must share to be a pair."""
+Collected = dict[tuple[Group, Literal["items", "seeds"]], dict[Place, float]]
 
 
 def _collect(folder: RunFolder) -> Collected:
-    out: Collected = {}
+    """Values by what they are paired on; an item's values are averaged over seeds, since they are not independent."""
+    values: dict[tuple[Group, Literal["items", "seeds"]], dict[Place, list[float]]] = {}
     for row in folder.rows():
         if row.value is None:
             continue
         kind: Literal["items", "seeds"] = "seeds" if row.item is None else "items"
-        place = (int(row.facts.get("seed", 0)), row.item or "", _matrix(row))
+        place = (str(row.facts.get("seed", 0)) if row.item is None else row.item, _matrix(row))
         group = (str(row.facts.get("step", "")), row.metric, row.split, row.group, row.arm)
-        out.setdefault((group, kind), {})[place] = row.value
-    return out
+        values.setdefault((group, kind), {}).setdefault(place, []).append(row.value)
+    return {
+        key: {place: sum(found) / len(found) for place, found in by_place.items()}
+        for key, by_place in values.items()
+    }
 
 
 def _matrix(row: Row) -> str:
     return str(sorted((row.facts.get("matrix") or {}).items()))
 
 
-def _paired(
-    a: Mapping[tuple[int, str, str], float], b: Mapping[tuple[int, str, str], float]
-) -> tuple[list[float], list[float]]:
+def _paired(a: Mapping[Place, float], b: Mapping[Place, float]) -> tuple[list[float], list[float]]:
     places = [place for place in a if place in b]
     return [a[place] for place in places], [b[place] for place in places]
 
