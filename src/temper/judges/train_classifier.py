@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from temper.data.schemas import Data, Dialogue
+from temper.data.schemas import Behaviour, Data, Dialogue
 from temper.judges.classifier import WEIGHTS, embed
 
 __all__ = ["LabelledReply", "labelled_replies", "main", "train"]
@@ -45,11 +45,17 @@ def labelled_replies(part: str) -> list[LabelledReply]:
 
 
 def _of(data: Data, part: str) -> list[LabelledReply]:
-    records = [r for r in data.get(part, ()) if isinstance(r, Dialogue) and r.reply]
-    return [
-        LabelledReply(r.prompt[-1].content, r.reply or "", r.extra.get("refusal_category") is not None)
-        for r in records
-    ]
+    """Dialogues with their label; of a behaviour, the refusal and the complying opening."""
+    out: list[LabelledReply] = []
+    for r in data.get(part, ()):
+        if isinstance(r, Dialogue) and r.reply:
+            out.append(
+                LabelledReply(r.prompt[-1].content, r.reply, r.extra.get("refusal_category") is not None)
+            )
+        elif isinstance(r, Behaviour):
+            pairs = ((r.extra.get("refusal"), True), (r.target, False))
+            out += [LabelledReply(r.prompt, str(text), refusal) for text, refusal in pairs if text]
+    return out
 
 
 def train(rows: list[LabelledReply], held_out: list[LabelledReply]) -> dict[str, Any]:
