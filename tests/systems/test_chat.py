@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 
 import pytest
@@ -279,6 +281,27 @@ def test_reply_control_tokens_by_name(chats):
     assert rendered.ids[rendered.spans[1].end - 1] == tokenizer.eos_token_id
     with pytest.raises(ConfigError, match="is no control token"):
         chat.dialogue(messages, control=["[refused]"])
+
+
+def test_a_split_control_token_is_an_error():
+    tokenizer = style_tokenizer("zephyr")
+    chat = Chat(tokenizer, template=STYLES["chatml"].template)
+    with pytest.raises(ModelError, match=r"splits the control token '<\|im_end\|>' into \d+ tokens"):
+        _ = chat.end_of_turn
+    assert chat.require_token("</s>") == tokenizer.eos_token_id
+    # A role header of plain text, as in Zephyr, is how that model was trained.
+    assert Chat(tokenizer).end_of_turn == "</s>"
+    silent = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    assert Chat(tokenizer, template=silent).end_of_turn is None
+    assert Chat(tokenizer, template=silent).stop_ids == {tokenizer.eos_token_id}
+
+
+def test_chats_can_be_copied_and_sent():
+    chat = Chat(style_tokenizer("llama3"), "none", options={"a": 1})
+    messages = talk(PLAIN[2])
+    for other in (copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
+        assert other.sha256 == chat.sha256
+        assert other.dialogue(messages) == chat.dialogue(messages)
 
 
 def test_base_models_get_a_plain_format():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from temper.systems.text_ids import ANCHOR, Piece, TextIds
 __all__ = ["Chat", "Rendered", "Span", "SplitPrompt"]
 
 SLOT = "{optim_str}"
+TAG = re.compile(r"\s*(<\|[^|<>\s]+\|>|<｜[^｜<>]+｜>|</?[a-z_]+>)")
+"""How control tokens look."""
 
 
 class Span(NamedTuple):
@@ -100,6 +103,10 @@ class Chat:
         now = {"system_prompt": self.system_prompt, "template": self.template, "plain": self.plain}
         arguments: dict[str, Any] = {"tokenizer": self.tokenizer, **now, "options": self.options, **changes}
         return Chat(**arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The memories of template and tokenizer can be neither copied nor sent to another process.
+        return _rebuilt, (self.tokenizer, self.system_prompt, self.template, self.plain, self.options)
 
     @cached_property
     def sha256(self) -> str:
@@ -186,10 +193,28 @@ class Chat:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The token that closes a reply, or None if the template closes it with plain text."""
+        """The token that closes a reply, or None if the template closes it with plain text or nothing.
+
+        Raises ModelError where the template closes it with a tag that the tokenizer splits.
+        """
         after = self._template.layout(("user", "assistant"), False).pieces[2]
-        first = _leading_control(self._text_ids.split(after))
-        return None if first is None else str(self.tokenizer.convert_ids_to_tokens(first))
+        parts = [part for part in self._text_ids.split(after) if isinstance(part, int) or part.strip()]
+        if not parts or isinstance(parts[0], int):
+            return str(self.tokenizer.convert_ids_to_tokens(parts[0])) if parts else None
+        if tag := TAG.match(parts[0]):
+            self.require_token(tag[1])
+        return None
+
+    def require_token(self, text: str) -> int:
+        """The id of a control token; raises ModelError if the tokenizer would split it."""
+        if text not in self._text_ids.control:
+            num_parts = len(self._text_ids.encode(text, ANCHOR).ids)
+            raise ModelError(
+                f"The tokenizer splits the control token {text!r} into {num_parts} tokens",
+                where=str(self.tokenizer.name_or_path) or type(self.tokenizer).__name__,
+                cure="Add it to the tokenizer as a special token, or use the template that belongs to it.",
+            )
+        return self._text_ids.control[text]
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -328,14 +353,14 @@ class _Builder:
             self.spans[mark.span] = span._replace(start=len(self.ids) + piece.first_after(mark.char))
 
 
-def _leading_control(parts: list[str | int]) -> int | None:
-    """The first control token if only spaces stand before it."""
-    for part in parts:
-        if isinstance(part, int):
-            return part
-        if part.strip():
-            break
-    return None
+def _rebuilt(
+    tokenizer: Any,
+    system_prompt: str,
+    template: str | None,
+    plain: Literal["qa", "bare"],
+    options: Mapping[str, Json],
+) -> Chat:
+    return Chat(tokenizer, system_prompt, template, plain=plain, options=options)
 
 
 def _own_template(tokenizer: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from temper.core.errors import ConfigError, ModelError, NeedsError, nearest
+from temper.core.errors import ConfigError, DataError, ModelError, NeedsError, nearest
 from temper.systems.base import System
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
@@ -90,6 +91,7 @@ def load_base(
     else:
         chat = Chat.from_file(tokenizer, chat_template, system_prompt, plain=plain)
     _check_sizes(model, tokenizer, name)
+    _check_end_of_turn(chat)
     return CausalLM(model, tokenizer, chat, wanted.device, spec=name)
 
 
@@ -243,6 +245,12 @@ def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
             where=name,
             cure="Use the tokenizer that belongs to the model.",
         )
+
+
+def _check_end_of_turn(chat: Chat) -> None:
+    """Raise ModelError if the tokenizer splits the tag that ends a reply; odd turns are judged when used."""
+    with contextlib.suppress(ConfigError, DataError):
+        _ = chat.end_of_turn
 
 
 def _check_device(device: str | torch.device) -> torch.device:
