@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class PromptRow(NamedTuple):
     """A prompt and its number among those given."""
 
-    index: int
+    number: int
     ids: list[int]
 
 
@@ -96,7 +96,7 @@ class RowBackend:
         self.caches.pop()
 
     def _forward(self, prompt: PromptRow, ids: list[int], start: int, cache: Any) -> tuple[Tensor, Any]:
-        rows = Rows([prompt.index], [prompt.ids], [start], [len(ids)], start + len(ids))
+        rows = Rows([prompt.number], [prompt.ids], [start], [len(ids)], start + len(ids))
         input_BT = torch.tensor([ids], device=self.device)
         known = {} if cache is None else {"past_key_values": cache}
         with publish_rows(rows), last_positions(self.model, torch.tensor([len(ids) - 1])):
@@ -135,7 +135,8 @@ class SlotBackend:
             rows = Rows([-1], [self.prefix], [0], [len(self.prefix)], len(self.prefix))
             input_BT = torch.tensor([self.prefix], device=self.device)
             self._forward(rows, input_BT, self._prefix_cache, torch.zeros(1, dtype=torch.long))
-        for number, layer in enumerate(self._prefix_cache.layers):
+        layers: list[Any] = list(self._prefix_cache.layers)
+        for number, layer in enumerate(layers):
             shape = (num_rows, -1, -1, -1)
             cache.update(layer.keys.expand(shape), layer.values.expand(shape), number)
         return cache
@@ -185,7 +186,7 @@ class SlotBackend:
 
 
 def _named(prompts: Sequence[PromptRow]) -> tuple[list[int], list[list[int]]]:
-    return [prompt.index for prompt in prompts], [prompt.ids for prompt in prompts]
+    return [prompt.number for prompt in prompts], [prompt.ids for prompt in prompts]
 
 
 @contextmanager

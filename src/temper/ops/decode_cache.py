@@ -34,6 +34,8 @@ class _SlotLayer(CacheLayerMixin):
     """One layer's buffers, shape (width, capacity, key heads, head size)."""
 
     is_sliding = False
+    keys: Any
+    values: Any
 
     def __init__(self, plan: _Plan) -> None:
         super().__init__()
@@ -89,12 +91,13 @@ class SlotCache(Cache):
 
     def __init__(self, num_layers: int, width: int) -> None:
         self.plan = _Plan(width)
-        super().__init__(layers=[_SlotLayer(self.plan) for _ in range(num_layers)])
+        self.slots = [_SlotLayer(self.plan) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slots))
 
     def load(self, slot: int, keys_L: list[Tensor], values_L: list[Tensor]) -> None:
         """Put a row's prefilled states, (heads, T, size) a layer, into a slot from column 0."""
         self.reserve(keys_L[0].shape[1] + 1)
-        for layer, keys_HTD, values_HTD in zip(self.layers, keys_L, values_L, strict=True):
+        for layer, keys_HTD, values_HTD in zip(self.slots, keys_L, values_L, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys_HTD[None], values_HTD[None])
             layer.keys[slot, : keys_HTD.shape[1]] = keys_HTD.transpose(0, 1)
@@ -104,12 +107,12 @@ class SlotCache(Cache):
         """Make room for rows of `length` tokens."""
         if length > self.plan.capacity:
             self.plan.capacity = length + max(STRIDE, length // 8)
-            for layer in self.layers:
+            for layer in self.slots:
                 layer.grow()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot over another."""
-        for layer in self.layers:
+        for layer in self.slots:
             layer.keys[target, :length] = layer.keys[source, :length]
             layer.values[target, :length] = layer.values[source, :length]
 

@@ -66,7 +66,7 @@ def prefill_groups(prompts: Sequence[PromptRow], budget: int, shared: int) -> de
     `shared` leading tokens of every prompt cost nothing.
     """
     groups: deque[list[PromptRow]] = deque()
-    for prompt in sorted(prompts, key=lambda p: (-len(p.ids), p.index)):
+    for prompt in sorted(prompts, key=lambda p: (-len(p.ids), p.number)):
         widest = len(groups[-1][0].ids) - shared if groups else 0
         if not groups or widest * (len(groups[-1]) + 1) > budget:
             groups.append([])
@@ -87,7 +87,7 @@ class _Loop:
     def start(self, prefilled: Prefilled, sample: int, limit: int) -> RowState:
         prompt, sampling = prefilled.prompt, self.sampling
         drawn = sampling.temperature > 0
-        uniforms = row_uniforms(sampling.seed, prompt.index, sample, limit) if drawn else None
+        uniforms = row_uniforms(sampling.seed, prompt.number, sample, limit) if drawn else None
         states = [rule.start(prompt.ids) for rule in self.rules]
         row = RowState(prompt, sample, limit, uniforms, states)
         self.backend.load(len(self.active), prefilled)
@@ -118,7 +118,7 @@ class _Loop:
             if broken:
                 raise NumericsError(
                     "Logits are not numbers",
-                    where=f"prompt {row.prompt.index}, reply token {len(row.ids)}",
+                    where=f"prompt {row.prompt.number}, reply token {len(row.ids)}",
                     cure="Check the weights, a steering strength, or use float32.",
                 )
             row.ids.append(token)

@@ -76,8 +76,8 @@ def generate(
         finished = _decode(system, rows, sampling, run, rules, num_samples, engine, width)
         total = len(rows) * num_samples
         for state in run.ticker(finished, total=total, label="generate"):
-            replies[state.prompt.index, state.sample] = _reply(system, state, sampling, rules)
-    return [replies[row.index, sample] for row in rows for sample in range(num_samples)]
+            replies[state.prompt.number, state.sample] = _reply(system, state, sampling, rules)
+    return [replies[row.number, sample] for row in rows for sample in range(num_samples)]
 
 
 def prompt_ids(system: CausalLM, prompt: Prompt) -> list[int]:

@@ -161,7 +161,8 @@ def _choose(
     if isinstance(positions, Tensor):
         rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
         return hidden_BTD[rows_B, positions.to(hidden_BTD.device)]
-    return hidden_BTD[:, positions].clone()
+    columns: Any = positions
+    return hidden_BTD[:, columns].clone()
 
 
 @contextmanager
