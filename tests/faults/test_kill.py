@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from fakes import write_methods, write_pipeline
 
+import temper
 from temper.store import lines
 from temper.store.folders import RunFolder, run_folders
 from temper.store.records import stable
@@ -22,7 +24,13 @@ PAUSE_S = 0.004
 
 
 def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "TEMPER_METHODS": str(root / "methods"), "TEMPER_CACHE": str(root / "cache"), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(root / "src"),
+        "TEMPER_METHODS": str(root / "methods"),
+        "TEMPER_CACHE": str(root / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def start(root: Path, out: str) -> subprocess.Popen:
@@ -63,6 +71,9 @@ def content(run: RunFolder) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def never_stopped(tmp_path_factory):
     root = tmp_path_factory.mktemp("kill")
+    # A copy of the sources: a step's hash holds them, and a file saved meanwhile would rightly start a new run.
+    package = Path(temper.__file__).parent
+    shutil.copytree(package, root / "src" / "temper", ignore=shutil.ignore_patterns("methods", "__pycache__"))
     write_methods(root / "methods")
     write_pipeline(root / "chain.yaml", PAUSE_S)
     process = start_working(root, "whole")

@@ -24,7 +24,7 @@ CARD = Card(title="{title}", paper="none", verbs={verbs}, config=Config, needs=f
             data={data}, produces={produces}, claims={claims})
 '''
 
-MAKE = '''
+MAKE = """
 def make(system, data, config, run):
     import random, time
     from temper.data.schemas import Data, Text
@@ -33,7 +33,7 @@ def make(system, data, config, run):
         time.sleep(config.pause_s)
         records.append(Text(f"{random.random() * config.scale:.6f}", id=f"t{number}"))
     return Data({"train": records})
-'''
+"""
 
 FIT = '''
 import json, random, time
@@ -61,7 +61,7 @@ def fit(system, data, config, run):
     return Numbers(values)
 '''
 
-MEASURE = '''
+MEASURE = """
 import random, time
 from temper.core.types import Row
 
@@ -74,9 +74,9 @@ def measure(system, data, config, run):
         total += value
         yield Row(metric="score", value=value, item=f"i{number}", higher_is_better=True)
     yield Row(metric="mean_score", value=total / (number + 1), n=number + 1, higher_is_better=True)
-'''
+"""
 
-ATTACK = '''
+ATTACK = """
 import random, time
 from temper.core.types import Attempt
 
@@ -85,7 +85,7 @@ def attack(system, data, config, run):
         time.sleep(config.pause_s)
         yield Attempt(goal=f"g{number}", attack="fake", input="x", reply="y", success=number % 2 == 0,
                       cost={"queries": number + 1, "wall_s": time.time()}, detail={"loss": random.random()})
-'''
+"""
 
 RECIPES = """\
 tiny:
@@ -129,7 +129,9 @@ def write_methods(root: Path) -> Path:
     for name, (verb, code, data, produces, claims) in METHODS.items():
         folder = root / "fakes" / name
         folder.mkdir(parents=True)
-        card = CARD.format(title=f"Fake {verb}", verbs=f'("{verb}",)', data=data, produces=produces, claims=claims)
+        card = CARD.format(
+            title=f"Fake {verb}", verbs=f'("{verb}",)', data=data, produces=produces, claims=claims
+        )
         (folder / "card.py").write_text(card)
         (folder / "method.py").write_text(code)
         (folder / "recipes.yaml").write_text(RECIPES.format())

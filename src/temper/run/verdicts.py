@@ -129,10 +129,10 @@ def _decide(
         return Finding(claim.id, "not shown", "arm and baseline have no seed or item in common", **base)  # type: ignore[arg-type]
     if len(a) == 1:
         return Finding(claim.id, "not shown", "one seed", difference=a[0] - b[0], **base)  # type: ignore[arg-type]
-    from temper.ops.stats import paired_difference
+    from temper.ops.stats import bootstrap, mean_ci
 
-    method = "bootstrap" if pairing == "items" else "t"
-    gap = paired_difference(a, b, method=method, seed=0, num_resamples=NUM_RESAMPLES)  # type: ignore[arg-type]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    gap = bootstrap(differences, num_resamples=NUM_RESAMPLES) if pairing == "items" else mean_ci(differences)
     verdict, reason = _verdict(claim, gap.low, gap.high)
     return Finding(
         claim.id,
