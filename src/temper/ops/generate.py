@@ -9,7 +9,7 @@ many times slower as rows would have shared a step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from temper.core.errors import ConfigError, DataError, NeedsError
 from temper.core.types import Message, Run
 from temper.ops.decode_backends import Backend, PromptRow, RowBackend, SlotBackend, slots_work
 from temper.ops.decoding import RowState, Stops, decode, prefill_groups
+from temper.ops.packed_linear import packed_linears
 from temper.ops.precision import autocast
 from temper.systems.base import Reply, Sampling, StepRule, System
 from temper.systems.causal_lm import CausalLM
@@ -34,6 +35,8 @@ Engine = Literal["auto", "rows", "vllm"]
 
 DECODE_WIDTH = 64
 """Rows that decode together at most."""
+PACK_FROM_TOKENS = 512
+"""Replies of so many tokens in all repay laying out the weights for decoding."""
 MIN_SHARED_PREFIX = 16
 """A common prefix shorter than this is not worth a forward pass of its own."""
 
@@ -139,9 +142,17 @@ def _decode(
     )
     groups = prefill_groups(rows, run.batch_tokens, shared)
     stops = Stops(system.stop_ids, tuple(sampling.stop), lambda ids: _text(system, ids))
-    yield from decode(
-        backend, groups, sampling, stops, rules, width=width, num_samples=num_samples, limit_of=limit_of
-    )
+    with ExitStack() as stack:
+        half = torch.is_autocast_enabled(system.device.type)
+        if (
+            isinstance(backend, SlotBackend)
+            and not half
+            and num_samples * sum(map(limit_of, rows)) >= PACK_FROM_TOKENS
+        ):
+            stack.enter_context(packed_linears(system.model, min(width, num_samples * len(rows))))
+        yield from decode(
+            backend, groups, sampling, stops, rules, width=width, num_samples=num_samples, limit_of=limit_of
+        )
 
 
 def _backend(
