@@ -101,7 +101,7 @@ def test_accuracy_of_a_judge_that_never_says_yes():
 
 
 def test_checked_in_accuracy_is_of_the_judges_as_they_are():
-    rows = judges.accuracy()
+    rows = judges.measured()
     for name in NAMES:
         mine = {row.data: row for row in rows if row.judge == name}
         assert set(mine) == {BUILTIN, f"{HUMAN}:test", f"{HUMAN}:extra"}, (

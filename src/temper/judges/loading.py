@@ -11,7 +11,7 @@ from temper.core.errors import ConfigError, NeedsError, nearest
 from temper.core.types import Run
 from temper.judges.base import Judge
 
-__all__ = ["ACCURACY", "NAMES", "Accuracy", "accuracy", "load"]
+__all__ = ["ACCURACY", "NAMES", "Accuracy", "load", "measured"]
 
 ACCURACY = Path(__file__).parent / "accuracy.jsonl"
 
@@ -94,7 +94,7 @@ def load(name: str, *, run: Run | None = None, rubric: str = "refusal") -> Judge
     return NAMES[name]()
 
 
-def accuracy(judge: str | None = None) -> list[Accuracy]:
+def measured(judge: str | None = None) -> list[Accuracy]:
     """The measurements that are checked in, of one judge or of all."""
     rows = [Accuracy(**json.loads(line)) for line in ACCURACY.read_text().splitlines() if line.strip()]
     return [row for row in rows if judge in (None, row.judge)]
