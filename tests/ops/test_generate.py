@@ -371,3 +371,20 @@ def test_a_remote_system_gets_messages_and_refuses_what_it_cannot_run(monkeypatc
         generate(system, ["hello"], Sampling(), RUN, rules=(Force(),))
     with pytest.raises(NeedsError, match="prompt 1"):
         generate(system, ["hello", [5, 6]], Sampling(), RUN)
+
+
+@pytest.mark.filterwarnings("ignore")  # what PEFT says of tied weights is not the point here
+def test_an_adapted_model_with_new_token_rows_generates_like_its_slow_twin(
+    lively, random_prompts, slow_greedy
+):
+    from peft import LoraConfig, get_peft_model
+
+    system = lively("llama")
+    config = LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, trainable_token_indices=[5, 6]
+    )
+    adapted = system.with_(model=get_peft_model(system.model, config).eval())
+    prompts = random_prompts((4, 9, 14))
+    assert slots_work(adapted.model, adapted.device, 40)
+    got = generate(adapted, prompts, Sampling(max_new_tokens=8), RUN)
+    assert ids_of(got) == [slow_greedy(adapted, ids, 8) for ids in prompts]
