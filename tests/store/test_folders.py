@@ -20,7 +20,9 @@ def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
     import temper.store.folders as folders
 
     # Every name is taken at first: only mkdir decides, so collisions are retried with more characters.
-    monkeypatch.setattr(folders.secrets, "token_hex", lambda n: "a" * (2 * n) if n < 3 else os.urandom(n).hex())
+    monkeypatch.setattr(
+        folders.secrets, "token_hex", lambda n: "a" * (2 * n) if n < 3 else os.urandom(n).hex()
+    )
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: RunFolder.create(tmp_path, "NPO!", {}).path, range(40)))
     assert len(set(made)) == 40
@@ -63,7 +65,9 @@ def test_default_fields_are_left_out_and_read_back():
     record = row_record(Row(metric="f1", value=None, note="no items"))
     assert set(record) == {"metric", "value", "n", "note", "facts"}
     assert row_from(record | {"unknown": 1}) == Row(metric="f1", value=None, note="no items")
-    assert attempt_from({"goal": "g", "attack": "a", "input": "", "reply": "", "success": True, "cost": {}, "x": 1})
+    assert attempt_from(
+        {"goal": "g", "attack": "a", "input": "", "reply": "", "success": True, "cost": {}, "x": 1}
+    )
 
 
 def test_a_non_finite_value_is_refused():
@@ -118,7 +122,9 @@ def test_a_changed_file_of_a_finished_step_is_noticed(tmp_path, damage):
     if damage == "delete":
         path.unlink()
     else:
-        path.write_bytes(b"\x01" * (500 if damage == "truncate" else 999) + (b"" if damage == "truncate" else b"\x02"))
+        path.write_bytes(
+            b"\x01" * (500 if damage == "truncate" else 999) + (b"" if damage == "truncate" else b"\x02")
+        )
     with pytest.raises(StoreError, match=r"w\.bin"):
         step.check()
     with pytest.raises(StoreError, match=r"w\.bin"):
@@ -142,7 +148,10 @@ def test_clear_keeps_the_checkpoint_only(tmp_path):
     (step.path / "rows.jsonl").write_text("x")
     (step.path / "data").mkdir()
     step.clear()
-    assert [str(p.relative_to(step.path)) for p in sorted(step.path.rglob("*"))] == ["checkpoint", "checkpoint/state"]
+    assert [str(p.relative_to(step.path)) for p in sorted(step.path.rglob("*"))] == [
+        "checkpoint",
+        "checkpoint/state",
+    ]
 
 
 def test_full_disk_while_creating_leaves_no_folder(tmp_path, monkeypatch):

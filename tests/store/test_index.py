@@ -12,7 +12,9 @@ from temper.store.records import row_record
 
 def _run(out, values):
     run = RunFolder.create(out, "npo", {"method": "npo"})
-    lines.append(run.path / "rows.jsonl", [row_record(Row(metric="f1", value=v, facts={"seed": 0})) for v in values])
+    lines.append(
+        run.path / "rows.jsonl", [row_record(Row(metric="f1", value=v, facts={"seed": 0})) for v in values]
+    )
     return run
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from temper.core.errors import StoreError
 from temper.store import lines
 
-RECORDS = st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(), st.none(), st.lists(st.text())), max_size=4)
+RECORDS = st.dictionaries(
+    st.text(max_size=5), st.one_of(st.integers(), st.text(), st.none(), st.lists(st.text())), max_size=4
+)
 
 
 @given(RECORDS)
@@ -105,9 +107,8 @@ def test_full_disk_leaves_whole_lines_only(tmp_path, monkeypatch):
         return real(handle, part)
 
     monkeypatch.setattr(lines.os, "write", write)
-    with pytest.raises(StoreError, match="disk is full"), lines.LineWriter(path) as writer:
-        for n in range(10):
-            writer.write({"number": n})
+    with pytest.raises(StoreError, match="disk is full"):
+        lines.append(path, ({"number": n} for n in range(10)))
     monkeypatch.undo()
     assert path.read_bytes().endswith(b"}\n")
     found = [record["number"] for record in lines.read(path)]

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from temper.core.errors import NeedsError
 from temper.core.registry import load_card, load_method
-from temper.core.types import Json
+from temper.core.types import Json, Message
+from temper.run.inputs import wanted_parts
+from temper.run.options import Options
 from temper.run.plan import Plan, PlannedStep
 
 __all__ = ["Cost", "check_cost", "count_parameters", "estimate", "free_memory"]
@@ -27,6 +29,8 @@ EFFICIENCY = 0.4
 KNOWN_PARAMETERS = {"smollm2-135m": 134_515_008}
 ADAPTER_SHARE = 0.04
 FLOAT_BYTES = 4
+LOAD_S = 2.0
+"""Seconds guessed to load a model."""
 
 
 class Cost(NamedTuple):
@@ -43,22 +47,19 @@ class Cost(NamedTuple):
 
 def estimate(plan: Plan) -> list[Cost]:
     """One cost for each different step, in the order they run."""
-    return [_step_cost(step, plan.options.device) for step in plan.steps]
+    return [_step_cost(step, plan.options) for step in plan.steps]
 
 
-def _step_cost(step: PlannedStep, device: str) -> Cost:
+def _step_cost(step: PlannedStep, options: Options) -> Cost:
     parameters = count_parameters(step.system.base) if step.system else 0
     tokens = _tokens(step)
-    said = _own_estimate(step, parameters, device)
+    speed = _flops_per_s(options.device, options.precision) * EFFICIENCY if parameters else math.inf
+    said = _own_estimate(step, parameters, speed, options.device)
     tokens = int(said.get("tokens", tokens))
     seconds, memory = said.get("seconds"), said.get("memory_bytes")
     if parameters is not None:
         flops = (6 if step.verb == "fit" else 2) * parameters * tokens
-        seconds = (
-            seconds
-            if seconds is not None
-            else flops / (_flops_per_s() * EFFICIENCY) + (1 if parameters else 0)
-        )
+        seconds = seconds if seconds is not None else flops / speed + (LOAD_S if parameters else 0)
         memory = memory if memory is not None else _memory(step, parameters)
     disk = int(said.get("disk_bytes", _disk(step, parameters or 0)))
     label = f"{step.id}: {step.verb} {step.method}"
@@ -90,11 +91,23 @@ def _tokens(step: PlannedStep) -> int:
     """Tokens that pass through the model: those of the data, once an epoch, and of the replies."""
     if step.loaded is None or step.system is None:
         return 0
-    num_records = sum(len(step.loaded[part]) for part in step.loaded)
-    chars = sum(len(str(record)) for part in step.loaded for record in step.loaded[part])
+    wanted = [name.removesuffix("?") for name in wanted_parts(load_card(step.method), step.verb)]
+    records = [record for part in wanted for record in step.loaded.get(part)]
+    chars = sum(
+        _chars(value) for record in records for name, value in vars(record).items() if name != "extra"
+    )
     epochs = float(getattr(step.config, "num_epochs", 1) or 1) if step.verb == "fit" else 1.0
-    replies = num_records * REPLY_TOKENS if "generate" in load_card(step.method).needs else 0
+    replies = len(records) * REPLY_TOKENS if "generate" in load_card(step.method).needs else 0
     return int(chars / CHARS_A_TOKEN * epochs) + replies
+
+
+def _chars(value: Any) -> int:
+    """Characters of the texts in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Message):
+        return len(value.content)
+    return sum(_chars(item) for item in value) if isinstance(value, tuple) else 0
 
 
 def _memory(step: PlannedStep, parameters: int) -> int:
@@ -140,16 +153,17 @@ def _header_count(path: Path) -> int:
 
 
 @cache
-def _flops_per_s() -> float:
-    """Floating-point operations a second of a float32 matrix product here, the best of four."""
-    import numpy as np
+def _flops_per_s(device: str, precision: str) -> float:
+    """Floating-point operations a second of a matrix product here, the best of four."""
+    import torch
 
-    n = 512
-    a = np.ones((n, n), dtype=np.float32)
+    n = 512 if device == "cpu" else 4096
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones((n, n), dtype=dtype, device=device)
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # reading a number waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
