@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from temper.core.errors import ConfigError, NeedsError, nearest
+from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Run
 from temper.data.schemas import Dialogue
 from temper.methods.refusal.refusal_tokens.card import Config
@@ -18,12 +18,14 @@ from temper.ops.generate import prompt_ids
 from temper.ops.logprobs import next_token_logits
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["choose_thresholds", "read_out", "settings_for"]
+__all__ = ["check_held_out", "choose_thresholds", "read_out", "settings_for", "summary", "warn_of_leak"]
 
 logger = logging.getLogger(__name__)
 
 MAX_LEAK = 0.5
-"""Above this mean mass outside the control tokens the model was not trained with them."""
+"""Above this mean mass outside the control tokens the model hardly knows them."""
+SMALL_LEAK = 0.01
+"""Below this mean mass thresholds on p and on q are the same."""
 
 
 def read_out(system: CausalLM, records: Sequence[Dialogue], gate: RefusalGate, run: Run) -> ReadOut:
@@ -76,13 +78,13 @@ def settings_for(
     }
     if held_out:
         read = read_out(system, held_out, RefusalGate(settings), run)
-        _require_trained(read)
         gold_N = [controls.column(record.extra.get("refusal_category")) for record in held_out]
         selected = list(config.selected or controls.names)
         chosen = choose_thresholds(read, gold_N, controls, config)
         settings["thresholds"] = {name: by_hand.get(name, chosen[name]) for name in selected}
         settings["selected"] = selected
         settings["calibration"] = summary(read, gold_N, RefusalGate(settings))
+        warn_of_leak(settings["calibration"]["leak"])
     elif len(controls.names) == 1 and not by_hand:
         settings |= {"thresholds": {controls.names[0]: COMPARE}, "selected": [controls.names[0]]}
     return settings
@@ -95,15 +97,29 @@ def _by_hand(controls: Controls, config: Config) -> dict[str, float]:
     return dict(config.thresholds)
 
 
-def _require_trained(read: ReadOut) -> None:
-    leak = float(1 - read.p_NK.sum(axis=1).mean())
-    if leak > MAX_LEAK:
-        raise NeedsError(
-            f"{leak:.0%} of the first token's probability lies outside the control tokens",
-            where="calibration part",
-            cure="The model was not trained with refusal tokens, or too briefly: train first (more epochs, higher lr).",
+def check_held_out(held_out: Sequence[Dialogue], names: Sequence[str], config: Config) -> None:
+    """Before any training: raises DataError for calibration rows that could not give a threshold afterwards."""
+    if not held_out:
+        return
+    found = [record.extra.get("refusal_category") for record in held_out]
+    by_category = config.choose == "f1" and len(names) > 1 and config.rule in ("gate", "bias")
+    wanted = {name: name in found for name in names} if by_category else {"refusals": any(found)}
+    missing = [name for name, there in {**wanted, "answered requests": None in found}.items() if not there]
+    if missing:
+        raise DataError(
+            f"Cannot calibrate: no row of {', '.join(missing)}",
+            where="part calibration, column refusal_category",
+            cure="Add such rows, or leave the part out and set thresholds by hand.",
         )
-    if leak > 0.01:
+    for name in (set(found) - {None}) - set(names) if len(names) > 1 else ():
+        raise DataError(f"Category {name!r} was not trained", where="part calibration", cure=nearest(str(name), names))
+
+
+def warn_of_leak(leak: float) -> None:
+    """Say when thresholds rest on little: most mass outside the control tokens means the training was too short."""
+    if leak > MAX_LEAK:
+        logger.warning("%.0f%% of the first token lies outside the control tokens: train longer or faster", 100 * leak)
+    elif leak > SMALL_LEAK:
         logger.warning("leak %.3f: thresholds on p and on q differ by up to that much", leak)
 
 

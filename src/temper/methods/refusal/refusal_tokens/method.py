@@ -104,8 +104,10 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
         return recalibrate(system, held_out, config, run)
     records = training_rows(data["train"], config, run.seed)
     names = names_of(records, config)
+    if config.tokens != "none":
+        calibration.check_held_out(held_out, names, config)
     tokens = [] if config.tokens == "none" else [*(_token(name) for name in names), RESPOND]
-    with tuning(system, _tune(system, config, tokens), run) as tuned:
+    with tuning(system, _tune(system, config, tokens, run), run) as tuned:
         controls = _controls(tuned.system, names, tokens, config)
         examples = [encode(tuned.system, record, controls, config) for record in records]
         train(
@@ -133,6 +135,9 @@ def recalibrate(system: CausalLM, held_out: Sequence[Dialogue], config: Config, 
             where="part train",
             cure="Give train rows, or a system with a refusal-tokens artefact and a part calibration.",
         )
+    if not held_out:
+        raise DataError("There are neither train nor calibration rows", cure="Give part calibration, part train or both.")
+    calibration.check_held_out(held_out, gate.controls.names, config)
     settings = calibration.settings_for(system, held_out, gate.controls, config, run)
     return Decoder(system.fingerprint, SLUG, settings)
 
@@ -187,11 +192,16 @@ def _token(name: str) -> str:
     return REFUSE if name == "refuse" else f"[{name}]"
 
 
-def _tune(system: CausalLM, config: Config, tokens: Sequence[str]) -> Tune:
-    lora = {"mode": config.mode, "r": config.rank, "alpha": 2.0 * config.rank}
-    if config.placement == "add":
-        return Tune(**lora, new_tokens=tuple(tokens))
-    return Tune(**lora, reuse_ids=tuple(unused_specials(system, len(tokens))))
+def _tune(system: CausalLM, config: Config, tokens: Sequence[str], run: Run) -> Tune:
+    add = config.placement == "add"
+    return Tune(
+        mode=config.mode,
+        r=config.rank,
+        alpha=2.0 * config.rank,
+        new_tokens=tuple(tokens) if add else (),
+        reuse_ids=() if add else tuple(unused_specials(system, len(tokens))),
+        frozen_dtype="bf16" if run.precision == "bf16" and config.mode == "lora" else "same",
+    )
 
 
 def unused_specials(system: CausalLM, count: int) -> list[int]:
