@@ -17,7 +17,7 @@ from temper.report import figures
 from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["Setting", "render_report", "write_report"]
 
 HERE = Path(__file__).parent
 MAX_THRESHOLD_FIGURES = 4
@@ -236,6 +236,8 @@ def _flat(values: Mapping[str, Json]) -> list[tuple[str, str]]:
 
 def _plain(value: Json) -> str:
     """A JSON value on one line for people."""
+    if value is None or value in ("", [], {}):
+        return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} = {_plain(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
@@ -244,4 +246,4 @@ def _plain(value: Json) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
-    return "–" if value is None else str(value)
+    return str(value)
