@@ -66,16 +66,11 @@ def _step_cost(step: PlannedStep, options: Options) -> Cost:
     return Cost(step.name, label, parameters, tokens, seconds, memory, disk)
 
 
-def _own_estimate(step: PlannedStep, parameters: int | None, device: str) -> Mapping[str, Any]:
+def _own_estimate(step: PlannedStep, parameters: int | None, speed: float, device: str) -> Mapping[str, Any]:
     """What the method's own `estimate(system_facts, data, config)` says, if it has one."""
-    path = _source(step.method)
-    if "def estimate(" not in path:
+    if "def estimate(" not in _source(step.method):
         return {}
-    facts: dict[str, Json] = {
-        "parameters": parameters,
-        "flops_per_s": _flops_per_s() * EFFICIENCY,
-        "device": device,
-    }
+    facts: dict[str, Json] = {"parameters": parameters, "flops_per_s": speed, "device": device}
     said = load_method(step.method).estimate(facts, step.loaded, step.config)
     return dict(said)
 
