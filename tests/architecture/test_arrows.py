@@ -91,7 +91,9 @@ def test_nothing_but_the_registry_names_a_method() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [*(ROOT / "core").glob("*.py"), *(ROOT / "methods").glob("*/*/card.py")], ids=str)
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "core").glob("*.py"), *(ROOT / "methods").glob("*/*/card.py")], ids=str
+)
 def test_core_and_cards_import_the_standard_library_only(path: Path) -> None:
     """At module level; `core/config.py` and `--set` may reach pydantic and yaml inside a function."""
     tree = ast.parse(path.read_text())
@@ -104,5 +106,7 @@ def test_core_and_cards_import_the_standard_library_only(path: Path) -> None:
 
 
 def test_no_relative_imports() -> None:
-    wrong = [str(path) for path in modules() for name, _ in imports(ast.parse(path.read_text())) if name[0] == "."]
+    wrong = [
+        str(path) for path in modules() for name, _ in imports(ast.parse(path.read_text())) if name[0] == "."
+    ]
     assert not wrong

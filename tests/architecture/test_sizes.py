@@ -63,11 +63,19 @@ def test_public_names_are_exported() -> None:
 
 
 def _is_all(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+    return isinstance(node, ast.Assign) and any(
+        isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+    )
 
 
 def test_nothing_is_left_unfinished() -> None:
-    marks = ("TO" + "DO", "FIX" + "ME", "raise NotImplemented" + "Error", "import " + "pickle", "pickle" + ".load")
+    marks = (
+        "TO" + "DO",
+        "FIX" + "ME",
+        "raise NotImplemented" + "Error",
+        "import " + "pickle",
+        "pickle" + ".load",
+    )
     found = [
         f"{path}:{number}"
         for path in modules()

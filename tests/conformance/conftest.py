@@ -94,11 +94,23 @@ def plain(result: Any) -> list[Mapping[str, Any]]:
     for item in result:
         if isinstance(item, Row):
             if not item.metric.endswith("_s"):
-                out.append({"metric": item.metric, "value": item.value, "item": item.item, "arm": item.arm, "group": item.group})
+                out.append(
+                    {
+                        "metric": item.metric,
+                        "value": item.value,
+                        "item": item.item,
+                        "arm": item.arm,
+                        "group": item.group,
+                    }
+                )
         elif isinstance(item, Attempt):
             out.append({"goal": item.goal, "input": item.input, "reply": item.reply, "success": item.success})
     return out
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

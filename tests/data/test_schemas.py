@@ -179,3 +179,11 @@ def test_schemas_import_no_torch():
     code = "import sys, temper.data.schemas, temper.data.loading, temper.data.assets; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
+
+
+def test_records_of_a_part_have_the_type_asked_for() -> None:
+    data = Data({"train": [Text("a")]}, "here")
+    assert data.records("train", Text) == (Text("a"),)
+    assert data.records("test", Text) == ()
+    with pytest.raises(ConfigError, match="holds Text, not Dialogue"):
+        data.records("train", Dialogue)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from temper.core.errors import ConfigError, nearest
 from temper.core.types import Json, Message
@@ -168,6 +168,9 @@ def _plain(value: Json) -> Json:
     return value.as_posix() if isinstance(value, Path) else value
 
 
+R = TypeVar("R", bound=Record)
+
+
 class Data(Mapping[str, tuple[Record, ...]]):
     """Named parts, each a tuple of records of one schema; it never changes.
 
@@ -204,6 +207,18 @@ class Data(Mapping[str, tuple[Record, ...]]):
     def get(self, part: str, default: tuple[Record, ...] = ()) -> tuple[Record, ...]:  # type: ignore[override]
         """The records of a part, or `default` where there is no such part."""
         return self._parts.get(part, default)
+
+    def records(self, part: str, kind: type[R]) -> tuple[R, ...]:
+        """The records of a part as the type they must have, or () where there is no such part."""
+        found = self.get(part)
+        wrong = next((record for record in found if not isinstance(record, kind)), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"Part {part!r} holds {type(wrong).__name__}, not {kind.__name__}",
+                where=self.source,
+                cure=f"Load it with schemas={{{part!r}: {kind.__name__!r}}}.",
+            )
+        return found  # type: ignore[return-value]
 
     @property
     def rows(self) -> tuple[Record, ...]:

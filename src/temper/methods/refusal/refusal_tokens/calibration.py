@@ -38,7 +38,9 @@ def read_out(system: CausalLM, records: Sequence[Dialogue], gate: RefusalGate, r
     return ReadOut(p_NK.numpy(), gate.columns(found.top_N))
 
 
-def choose_thresholds(read: ReadOut, gold_N: Sequence[int], controls: Controls, config: Config) -> dict[str, float]:
+def choose_thresholds(
+    read: ReadOut, gold_N: Sequence[int], controls: Controls, config: Config
+) -> dict[str, float]:
     """Thresholds by name; `gold_N` holds columns. Raises DataError for an empty class.
 
     One refusal token: any of the four modes. Categories: coordinate ascent over T_c on macro-F1 (f1), else one
@@ -112,13 +114,17 @@ def check_held_out(held_out: Sequence[Dialogue], names: Sequence[str], config: C
             cure="Add such rows, or leave the part out and set thresholds by hand.",
         )
     for name in (set(found) - {None}) - set(names) if len(names) > 1 else ():
-        raise DataError(f"Category {name!r} was not trained", where="part calibration", cure=nearest(str(name), names))
+        raise DataError(
+            f"Category {name!r} was not trained", where="part calibration", cure=nearest(str(name), names)
+        )
 
 
 def warn_of_leak(leak: float) -> None:
     """Say when thresholds rest on little: most mass outside the control tokens means the training was too short."""
     if leak > MAX_LEAK:
-        logger.warning("%.0f%% of the first token lies outside the control tokens: train longer or faster", 100 * leak)
+        logger.warning(
+            "%.0f%% of the first token lies outside the control tokens: train longer or faster", 100 * leak
+        )
     elif leak > SMALL_LEAK:
         logger.warning("leak %.3f: thresholds on p and on q differ by up to that much", leak)
 

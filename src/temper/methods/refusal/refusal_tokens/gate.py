@@ -69,9 +69,7 @@ class ReadOut(NamedTuple):
         return self.p_NK[:, :-1].sum(axis=1)
 
 
-def decide_columns(
-    read: ReadOut, threshold_C: Array, selected_C: Array, rule: str = "gate"
-) -> Array:
+def decide_columns(read: ReadOut, threshold_C: Array, selected_C: Array, rule: str = "gate") -> Array:
     """The column each row emits under a probability rule; FREE where the model's own argmax is no control token.
 
     A category that leads without being selected leaves the choice to the model (the released rule).
@@ -83,7 +81,7 @@ def decide_columns(
 
 
 def decide_bias(logits_BV: Tensor, ids: list[int], bias_C: Array) -> Tensor:
-    """argmax over the whole vocabulary of z + b, b on the refusal ids alone; ids, shape (B,)."""
+    """Argmax over the whole vocabulary of z + b, b on the refusal ids alone; ids, shape (B,)."""
     shifted_BV = logits_BV.float().clone()
     shifted_BV[:, ids[:-1]] += torch.as_tensor(bias_C, dtype=torch.float32, device=logits_BV.device)
     return shifted_BV.argmax(-1)
@@ -103,7 +101,9 @@ class RefusalGate:
         self.controls = Controls.from_json(settings["token_ids"])
         self.rule: str = settings["mode"]
         self.temperature: float = settings["temperature"]
-        self.threshold_C = np.array([settings["thresholds"].get(name, COMPARE) for name in self.controls.names])
+        self.threshold_C = np.array(
+            [settings["thresholds"].get(name, COMPARE) for name in self.controls.names]
+        )
         self.selected_C = np.array([name in settings["selected"] for name in self.controls.names])
 
     def start(self, prompt_ids: list[int]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from temper.artefacts import Artefact, Decoder, Stack, Tune, tuning
-from temper.core.errors import ConfigError, DataError, ModelError
-from temper.core.types import Message, Row, Run
+from temper.core.errors import DataError, ModelError
+from temper.core.types import Row, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.refusal.refusal_tokens import calibration, scoring
 from temper.methods.refusal.refusal_tokens.card import REFUSE, RESPOND, Config
@@ -23,7 +23,19 @@ from temper.ops.train import SftObjective, TrainSettings, train
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Rendered
 
-__all__ = ["build_decoder", "encode", "fit", "measure", "training_rows", "with_controls"]
+__all__ = [
+    "build_decoder",
+    "category_of",
+    "encode",
+    "fit",
+    "gate_of",
+    "measure",
+    "names_of",
+    "recalibrate",
+    "training_rows",
+    "unused_specials",
+    "with_controls",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +83,9 @@ def names_of(records: Sequence[Dialogue], config: Config) -> tuple[str, ...]:
     for name in found:
         count = sum(category_of(record) == name for record in records)
         if count < FEW_ROWS:
-            logger.warning("category %r has %d rows; its threshold is unreliable below %d", name, count, FEW_ROWS)
+            logger.warning(
+                "category %r has %d rows; its threshold is unreliable below %d", name, count, FEW_ROWS
+            )
     return ("refuse",) if config.tokens == "single" else tuple(found)
 
 
@@ -99,10 +113,10 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     """
     system.chat.require_template()
     system.chat.require_closed_reply()
-    held_out = data.get("calibration", ())
+    held_out = data.records("calibration", Dialogue)
     if "train" not in data:
         return recalibrate(system, held_out, config, run)
-    records = training_rows(data["train"], config, run.seed)
+    records = training_rows(data.records("train", Dialogue), config, run.seed)
     names = names_of(records, config)
     if config.tokens != "none":
         calibration.check_held_out(held_out, names, config)
@@ -136,7 +150,9 @@ def recalibrate(system: CausalLM, held_out: Sequence[Dialogue], config: Config, 
             cure="Give train rows, or a system with a refusal-tokens artefact and a part calibration.",
         )
     if not held_out:
-        raise DataError("There are neither train nor calibration rows", cure="Give part calibration, part train or both.")
+        raise DataError(
+            "There are neither train nor calibration rows", cure="Give part calibration, part train or both."
+        )
     calibration.check_held_out(held_out, gate.controls.names, config)
     settings = calibration.settings_for(system, held_out, gate.controls, config, run)
     return Decoder(system.fingerprint, SLUG, settings)
@@ -169,7 +185,7 @@ def build_decoder(system: CausalLM, artefact: Decoder) -> RefusalGate:
 
 def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """Refusals on the part test, by token and by the judge on the text; writes curves and examples for the report."""
-    records: Sequence[Dialogue] = [_prompt_only(record) for record in data["test"]]
+    records: Sequence[Dialogue] = [_prompt_only(record) for record in data.records("test", Dialogue)]
     gate = gate_of(system)
     if gate is None:
         yield from scoring.text_rows(scoring.grade(system, records, config, run), records)
@@ -221,7 +237,9 @@ def unused_specials(system: CausalLM, count: int) -> list[int]:
     return spare[:count]
 
 
-def _controls(system: CausalLM, names: Sequence[str], tokens: Sequence[str], config: Config) -> Controls | None:
+def _controls(
+    system: CausalLM, names: Sequence[str], tokens: Sequence[str], config: Config
+) -> Controls | None:
     if not tokens:
         return None
     if config.placement == "reuse":
@@ -235,7 +253,9 @@ def encode(system: CausalLM, record: Dialogue, controls: Controls | None, config
     """A training row; raises DataError, naming it, for a row without a reply or longer than `max_tokens`."""
     where = f"row {record.id or '(without id)'}"
     if record.reply is None:
-        raise DataError("The row has no reply to learn from", where=where, cure="End it with an assistant message.")
+        raise DataError(
+            "The row has no reply to learn from", where=where, cure="End it with an assistant message."
+        )
     rendered = system.chat.dialogue(record.messages)
     num_turns = sum(span.role == "assistant" for span in rendered.spans)
     if controls is None:

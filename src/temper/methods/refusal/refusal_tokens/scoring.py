@@ -54,7 +54,9 @@ class Graded(NamedTuple):
 def default_columns(read: ReadOut, gate: RefusalGate) -> Array:
     """Columns without thresholds: one refusal token compares with [respond], several leave it to the model."""
     single = len(gate.controls.names) == 1
-    return decide_columns(read, np.array([COMPARE] * len(gate.controls.names)), np.full(len(gate.controls.names), single))
+    return decide_columns(
+        read, np.array([COMPARE] * len(gate.controls.names)), np.full(len(gate.controls.names), single)
+    )
 
 
 def tuned_columns(read: ReadOut, gate: RefusalGate) -> Array:
@@ -68,7 +70,9 @@ def refusing(columns_N: Array, gate: RefusalGate) -> Array:
     return (columns_N >= 0) & (columns_N < len(gate.controls.names))
 
 
-def off_effect(read: ReadOut, gate: RefusalGate, column: int, rows_of: Mapping[int, Array]) -> tuple[float, float]:
+def off_effect(
+    read: ReadOut, gate: RefusalGate, column: int, rows_of: Mapping[int, Array]
+) -> tuple[float, float]:
     """(drop, spill) of refusal rate when one category is off: on its own rows, and mean |change| on the others'."""
     num = len(gate.controls.names)
     off = decide_columns(read, np.full(num, OFF), np.arange(num) == column)
@@ -120,7 +124,10 @@ def token_rows(read: ReadOut, gate: RefusalGate, records: Sequence[Dialogue]) ->
 
 def group_rows(metric: str, refused_N: Array, records: Sequence[Dialogue]) -> Iterator[Row]:
     """Refusal rate of each category, of look-alikes and of ordinary requests, with Wilson intervals."""
-    groups = [record.extra.get("refusal_category") or str(record.extra.get("kind", "answered")) for record in records]
+    groups = [
+        record.extra.get("refusal_category") or str(record.extra.get("kind", "answered"))
+        for record in records
+    ]
     for group in sorted(set(groups)):
         rows = np.array([name == group for name in groups])
         due = any(record.extra.get("refusal_category") == group for record in records)
@@ -132,7 +139,11 @@ def contrast_items(refused_N: Array, records: Sequence[Dialogue]) -> Iterator[Ro
     for refused, record in zip(refused_N, records, strict=True):
         if record.extra.get("kind") == "contrast":
             yield Row(
-                metric="contrast_refused", value=float(refused), item=record.id, split="test", higher_is_better=False
+                metric="contrast_refused",
+                value=float(refused),
+                item=record.id,
+                split="test",
+                higher_is_better=False,
             )
 
 
@@ -148,7 +159,9 @@ def off_rows(read: ReadOut, gate: RefusalGate, records: Sequence[Dialogue]) -> I
     for which, (metric, better) in enumerate((("off_drop", True), ("off_spill", False))):
         for c, effect in effects.items():
             yield _number(metric, effect[which], int(rows_of[c].sum()), better, names[c])
-        yield _number(metric, float(np.mean([effect[which] for effect in effects.values()])), len(effects), better)
+        yield _number(
+            metric, float(np.mean([effect[which] for effect in effects.values()])), len(effects), better
+        )
 
 
 def grade(system: CausalLM, records: Sequence[Dialogue], config: Config, run: Run) -> Graded:
@@ -157,25 +170,37 @@ def grade(system: CausalLM, records: Sequence[Dialogue], config: Config, run: Ru
     replies = generate(system, [record.prompt for record in records], sampling, run)
     pairs = [(record.prompt[-1].content, reply.text) for record, reply in zip(records, replies, strict=True)]
     verdicts = judges.load(config.judge).judge(pairs)
-    return Graded(replies, np.array([-1 if verdict.label is None else int(verdict.label) for verdict in verdicts]))
+    return Graded(
+        replies, np.array([-1 if verdict.label is None else int(verdict.label) for verdict in verdicts])
+    )
 
 
 def untuned(system: CausalLM, gate: RefusalGate) -> CausalLM:
     """The system with its thresholds out of force: the default decode."""
     names = gate.controls.names
     single = len(names) == 1
-    settings = {"thresholds": dict.fromkeys(names, COMPARE), "selected": list(names) if single else [], "mode": "gate"}
+    settings = {
+        "thresholds": dict.fromkeys(names, COMPARE),
+        "selected": list(names) if single else [],
+        "mode": "gate",
+    }
     plain = RefusalGate({**gate.settings, **settings})
     return system.with_(step_rules=tuple(plain if rule is gate else rule for rule in system.step_rules))
 
 
 def regrade(
-    system: CausalLM, by_default: Graded, read: ReadOut, gate: RefusalGate, records: Sequence[Dialogue], config: Config, run: Run
+    system: CausalLM,
+    by_default: Graded,
+    read: ReadOut,
+    gate: RefusalGate,
+    records: Sequence[Dialogue],
+    config: Config,
+    run: Run,
 ) -> Graded:
     """Replies of the calibrated decode; greedy replies whose first token is unchanged are taken over."""
-    changed = np.flatnonzero(default_columns(read, gate) != tuned_columns(read, gate))
+    changed = np.flatnonzero(default_columns(read, gate) != tuned_columns(read, gate)).tolist()
     replies, refused_N = list(by_default.replies), by_default.refused_N.copy()
-    if len(changed):
+    if changed:
         again = grade(system, [records[row] for row in changed], config, run)
         for place, row in enumerate(changed):
             replies[row], refused_N[row] = again.replies[place], again.refused_N[place]
@@ -193,7 +218,11 @@ def text_rows(graded: Graded, records: Sequence[Dialogue], name: str = "") -> It
     )  # fmt: skip
     yield _rate(f"unscored{name}", ~known, False)
     verdicts = [reply.info.get("refusal-tokens", {}).get("verdict") for reply in graded.replies]
-    spoken = [(verdict == "refuse") == bool(text) for verdict, text in zip(verdicts, graded.refused_N, strict=True) if verdict and text >= 0]
+    spoken = [
+        (verdict == "refuse") == bool(text)
+        for verdict, text in zip(verdicts, graded.refused_N, strict=True)
+        if verdict and text >= 0
+    ]
     if spoken:
         yield _rate(f"agreement{name}", np.array(spoken), True)
     else:
@@ -210,13 +239,23 @@ def write_figures(folder: Path | None, read: ReadOut, gate: RefusalGate, records
     curve = thresholds.sweep(read.refuse_N, gold_N)
     bins = stats.ece(read.refuse_N / np.maximum(read.p_NK.sum(axis=1), 1e-12), gold_N)
     figures: dict[str, Json] = {
-        "roc": {"refusal probability": {"fpr": curve.fpr.tolist(), "tpr": curve.tpr.tolist(), "threshold": [None, *curve.threshold[1:].tolist()]}},
-        "reliability": {"refusal probability": {"confidence": bins.confidence, "share": bins.share, "counts": bins.counts}},
+        "roc": {
+            "refusal probability": {
+                "fpr": curve.fpr.tolist(),
+                "tpr": curve.tpr.tolist(),
+                "threshold": [None, *curve.threshold[1:].tolist()],
+            }
+        },
+        "reliability": {
+            "refusal probability": {"confidence": bins.confidence, "share": bins.share, "counts": bins.counts}
+        },
     }
     (folder / "figures.json").write_text(json.dumps(figures))
 
 
-def write_examples(folder: Path | None, records: Sequence[Dialogue], before: Graded, after: Graded, most: int = 40) -> None:
+def write_examples(
+    folder: Path | None, records: Sequence[Dialogue], before: Graded, after: Graded, most: int = 40
+) -> None:
     """Prompts with their reply by default and calibrated, those that changed first, for the report."""
     if folder is None:
         return

@@ -34,7 +34,9 @@ NAMES = ("human", "incomplete", "indet", "safety", "unsupported")
 CARD_P = np.array([[0.02, 0.30, 0.05, 0.08, 0.03, 0.50]])  # ..., respond; leak .02
 
 
-def gate(names: tuple[str, ...] = ("refuse",), mode: str = "gate", selected: tuple[str, ...] = (), **values: float) -> RefusalGate:
+def gate(
+    names: tuple[str, ...] = ("refuse",), mode: str = "gate", selected: tuple[str, ...] = (), **values: float
+) -> RefusalGate:
     ids = {name: index for index, name in enumerate(names)} | {"respond": len(names)}
     return RefusalGate(
         {"token_ids": ids, "mode": mode, "temperature": 1.0, "thresholds": values, "selected": list(selected)}
@@ -73,7 +75,9 @@ def test_bias_is_the_threshold_in_other_words() -> None:
 def test_ends_of_the_dial(threshold: float, column: int) -> None:
     for refuse in (-20.0, 0.0, 20.0):
         for mode in ("gate", "bias"):
-            assert emitted(gate(mode=mode, selected=("refuse",), refuse=threshold), two_tokens(refuse)) == column
+            assert (
+                emitted(gate(mode=mode, selected=("refuse",), refuse=threshold), two_tokens(refuse)) == column
+            )
 
 
 def test_temperature_keeps_the_ranking_of_two() -> None:
@@ -83,7 +87,13 @@ def test_temperature_keeps_the_ranking_of_two() -> None:
 
 @pytest.mark.parametrize(
     ("selected", "threshold", "column"),
-    [(("incomplete",), 0.25, 1), (("incomplete",), 0.35, 5), (("safety",), 0.0, 5), (("safety",), 0.9, 5), ((), 0.0, 5)],
+    [
+        (("incomplete",), 0.25, 1),
+        (("incomplete",), 0.35, 5),
+        (("safety",), 0.0, 5),
+        (("safety",), 0.9, 5),
+        ((), 0.0, 5),
+    ],
 )
 def test_category_case_by_hand(selected: tuple[str, ...], threshold: float, column: int) -> None:
     read = ReadOut(CARD_P, np.array([5]))
@@ -139,10 +149,16 @@ def test_state_tells_verdict_category_and_force() -> None:
     states = [rule.start([]), rule.start([])]
     logits = torch.log(torch.tensor([[*CARD_P[0], 0.02], [0.01, 0.01, 0.01, 0.01, 0.01, 0.05, 0.90]]))
     rule(logits, [0, 0], states)
-    assert (states[0]["verdict"], states[0]["category"], states[0]["forced"]) == ("refuse", "incomplete", True)
+    assert (states[0]["verdict"], states[0]["category"], states[0]["forced"]) == (
+        "refuse",
+        "incomplete",
+        True,
+    )
     assert states[0]["p"]["safety"] == pytest.approx(0.08, abs=1e-6)
     assert states[0]["leak"] == pytest.approx(0.02, abs=1e-6)
-    assert (states[1]["verdict"], states[1]["category"]) == ("none", None), "an unselected leader: the model's own word"
+    assert (states[1]["verdict"], states[1]["category"]) == ("none", None), (
+        "an unselected leader: the model's own word"
+    )
 
 
 def test_departure_6_a_control_id_in_the_prompt_is_refused() -> None:
@@ -177,7 +193,10 @@ def small(**changes: object) -> Config:
 
 
 def rows(category: str | None, num: int, kind: str = "ordinary") -> list[Dialogue]:
-    return [dialogue(f"ask {category} {n}", f"reply {category} {n}", category=category, kind=kind) for n in range(num)]
+    return [
+        dialogue(f"ask {category} {n}", f"reply {category} {n}", category=category, kind=kind)
+        for n in range(num)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +245,11 @@ def test_departure_4_replies_continue_the_forced_token(tiny, fitted) -> None:
         reply = generate(system, ["ask a 1"], Sampling(max_new_tokens=6), Run())[0]
         decided = reply.ids[0]
         later = generate(
-            system.with_(step_rules=()), [[*prompt, decided]], Sampling(max_new_tokens=5), Run(), rules=(NoControls(system),)
+            system.with_(step_rules=()),
+            [[*prompt, decided]],
+            Sampling(max_new_tokens=5),
+            Run(),
+            rules=(NoControls(system),),
         )[0]
         assert reply.ids == [decided, *later.ids]
 
@@ -272,9 +295,13 @@ def test_another_system_prompt_is_refused_and_recalibration_mends_it(tiny, fitte
     adapter = fitted.members[0]
     with fitted.apply(tiny) as system:
         moved = system.with_(chat=system.chat.with_(system_prompt="Be brief."))
-        decoder = fit(moved, Data({"calibration": rows("a", 8) + rows("b", 8) + rows(None, 8)}), small(), Run())
+        decoder = fit(
+            moved, Data({"calibration": rows("a", 8) + rows("b", 8) + rows(None, 8)}), small(), Run()
+        )
         with decoder.apply(moved) as again:
-            assert [rule.name for rule in again.step_rules] == ["refusal-tokens"], "the new gate replaces the old one"
+            assert [rule.name for rule in again.step_rules] == ["refusal-tokens"], (
+                "the new gate replaces the old one"
+            )
     assert decoder.settings["template_sha256"] != fitted.members[1].settings["template_sha256"]
     assert adapter.kind == "adapter"
 
