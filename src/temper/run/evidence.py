@@ -19,7 +19,7 @@ from temper.store.atomic import canonical, write_json
 from temper.store.cache import cache_root, is_off
 from temper.store.records import row_from
 
-__all__ = ["append_evidence", "check_evidence", "evidence_rows", "findings"]
+__all__ = ["append_evidence", "check_evidence", "condition", "evidence_rows", "findings"]
 
 RECIPE = "small"
 KEPT_FACTS = ("method", "step", "settings", "step_hash", "seed", "run", "condition", "cell_arm", "matrix")
@@ -82,7 +82,7 @@ def _records(result: RunResult, claimed: set[str]) -> Iterator[dict[str, Json]]:
             if key in explained:
                 facts = {name: facts[name] for name in KEPT_FACTS if name in facts}
         explained.add(key)
-        yield {**record, "facts": facts}
+        yield {"arm": "", **record, "facts": facts}
 
 
 def _cell_arm(arm: str, arms: set[str]) -> str:

@@ -25,7 +25,7 @@ from temper.store import lines
 from temper.store.atomic import canonical
 from temper.store.folders import RunFolder, run_folders
 
-__all__ = ["CellRunner", "RunResult", "execute", "find_run", "run_recipe"]
+__all__ = ["CellRunner", "RunResult", "execute", "find_run", "run_cells", "run_recipe"]
 
 T = TypeVar("T")
 

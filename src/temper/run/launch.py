@@ -6,7 +6,7 @@ each `fit` and otherwise wait for its `done.json`.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import secrets
 import subprocess
@@ -52,8 +52,10 @@ def pick_sink(track: str | None) -> Callable[[RunResult], None]:
 
 
 def _need(module: str, install: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise NeedsError(f"{module} is not installed", cure=f"pip install '{install}'")
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise NeedsError(f"{module} is not installed", cure=f"pip install '{install}'") from None
 
 
 def _accelerated(plan: Plan, worker: Worker) -> dict[str, Outcome]:

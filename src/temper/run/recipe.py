@@ -170,7 +170,7 @@ def _steps(raw: Json, where: str) -> tuple[Step, ...]:
     if not isinstance(raw, list) or not raw:
         raise ConfigError("steps is not a list of steps", where=where, cure="Write - {id: ..., fit: SLUG}.")
     steps = tuple(
-        parse_step(_mapping(item, f"{where}: step {n}"), f"{where}: step {n}")
+        _parse_step(_mapping(item, f"{where}: step {n}"), f"{where}: step {n}")
         for n, item in enumerate(raw, 1)
     )
     ids = [step.id for step in steps]
@@ -179,7 +179,7 @@ def _steps(raw: Json, where: str) -> tuple[Step, ...]:
     return steps
 
 
-def parse_step(raw: Mapping[str, Json], where: str) -> Step:
+def _parse_step(raw: Mapping[str, Json], where: str) -> Step:
     """One step; exactly one verb key names the method."""
     if "against" in raw:
         raise ConfigError(
@@ -249,7 +249,7 @@ def _changed(step: Step, change: Mapping[str, Json], where: str) -> Step:
     if any(verb in change for verb in VERBS):
         raw.pop(step.verb)
         raw["settings"] = {}
-    changed = parse_step(raw | {k: v for k, v in change.items() if k != "settings"}, where)
+    changed = _parse_step(raw | {k: v for k, v in change.items() if k != "settings"}, where)
     _mapping(change.get("settings") or {}, f"{where}: settings")
     # Settings meant for one method say nothing to another.
     keep = step.settings if changed.method == step.method else {}

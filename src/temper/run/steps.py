@@ -29,7 +29,7 @@ from temper.store.records import attempt_from, attempt_record, row_record
 if TYPE_CHECKING:
     from temper.data.schemas import Data
 
-__all__ = ["Outcome", "Worker", "run_step"]
+__all__ = ["Outcome", "Worker", "run_step", "step_data", "step_run"]
 
 Outcome = Literal["ran", "kept", "reused"]
 
