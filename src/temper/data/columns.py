@@ -14,13 +14,14 @@ from pathlib import Path
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Message
 from temper.data import schemas as s
+from temper.data.turns import plain_row
 
 __all__ = ["WANTS", "Place", "check_schema", "from_row", "infer_schema"]
 
 WANTS: dict[str, str] = {
     "Dialogue": "messages, or prompt + completion, or question + answer, or prompt",
     "Preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
-    "Behaviour": "prompt (or goal, behavior), and perhaps target, category, benign",
+    "Behaviour": "prompt (or goal, behavior, turns), and perhaps target, category, benign",
     "Choice": "question + choices + answer",
     "Labelled": "text + label",
     "Text": "text",
@@ -78,9 +79,10 @@ _SIGNS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("Dialogue", (("messages",), ("conversations",))),
     ("Choice", (("question", "choices"),)),
     ("Captioned", (("image", "text"), ("image", "caption"))),
-    ("Behaviour", (("goal",), ("behavior",), ("behaviour",), ("prompt", "target"), ("prompt", "benign"))),
+    ("Behaviour", (("turns",), *((goal,) for goal in ("goal", "behavior", "behaviour")))),
+    ("Behaviour", (("prompt", "target"), ("prompt", "benign"))),
     ("Dialogue", tuple((p, r) for p in PROMPTS for r in REPLIES)),
-    ("Labelled", (("text", "label"),)),
+    ("Labelled", (("text", "label"), ("choices", "human_score"))),
     ("Text", (("text",),)),
     ("Dialogue", (("prompt",), ("question",))),
 )
@@ -94,7 +96,7 @@ def from_row(row: Mapping[str, Json], schema: str, place: Place, *, default_id: 
     """
     if not isinstance(row, Mapping):
         raise _not_a_row(row, place)
-    reader = _RowReader(row, place, schema)
+    reader = _RowReader(plain_row(row, schema, place), place, schema)
     name = reader.id(default_id)
     fields = _BUILDERS[check_schema(schema)](reader)
     return s.SCHEMAS[schema](**fields, id=name, extra=reader.rest())
@@ -370,9 +372,7 @@ def _tool_calls(r: _RowReader) -> Fields:
 
 
 def _captioned(r: _RowReader) -> Fields:
-    image = Path(r.text("image"))
-    if r.place.folder is not None:
-        image = r.place.folder / image
+    image = (r.place.folder or Path()) / r.text("image")
     return {"image": image, "text": r.text("text", "caption")}
 
 

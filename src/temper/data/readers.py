@@ -18,7 +18,7 @@ LINE_LIMIT = 64 * 2**20
 """Bytes of the longest line; a longer one is not JSON lines or CSV."""
 
 BOM = b"\xef\xbb\xbf"
-LIST_CELLS = ("messages", "conversations", "choices", "negatives", "tools")
+LIST_CELLS = ("messages", "conversations", "choices", "negatives", "tools", "turns")
 CHAT_CELLS = ("prompt", "completion", "chosen", "rejected")
 FLAG_CELLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
