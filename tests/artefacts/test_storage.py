@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from temper.artefacts import Prompt, Stack, Steer, Weights, load_artefact
+from temper.artefacts import ANY_BASE, Prompt, Stack, Steer, Weights, load_artefact
 from temper.core.errors import ConfigError, StoreError
 from temper.core.types import Message
 
@@ -178,3 +178,12 @@ def test_a_stack_keeps_its_members_in_order(tmp_path: Path) -> None:
     assert loaded.fingerprint == stack.fingerprint
     with pytest.raises(ConfigError, match="no artefacts"):
         Stack.of([], "outer")
+
+
+def test_prompt_with_control_tokens_comes_back_and_adds_them_behind_the_last_user_message(tmp_path):
+    shown = (Message("user", "q", ("[A]",)), Message("assistant", "r"))
+    prompt = Prompt(ANY_BASE, "made-up", demonstrations=shown, control=("[B]",))
+    loaded = load_artefact(prompt.save(tmp_path / "p"))
+    assert loaded.fingerprint == prompt.fingerprint
+    first, _, last = loaded.rewrite([Message("user", "now", ("[A]",))])
+    assert (first, last.content, last.control) == (shown[0], "now", ("[A]", "[B]"))

@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from tests.systems.tokenizers_for_chat import STYLES, style_tokenizer
 
 from temper.core.errors import ConfigError, DataError, ModelError
@@ -377,3 +378,21 @@ def test_a_thousand_dialogues_take_less_than_a_second(chats):
             chats["chatml"].dialogue(messages)
         seconds.append(time.process_time() - start)
     assert min(seconds) * 5 < 1.0
+
+
+def test_control_tokens_of_a_message_follow_its_content_as_ids():
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken("[IND]", special=True, normalized=False)], special_tokens=True)
+    chat, token_id = Chat(tokenizer), tokenizer.convert_tokens_to_ids("[IND]")
+    for tail in ((), (Message(A, "By the river."), Message(U, "And now?"))):
+        plain = chat.prompt([Message(U, "Where is the mill? [IND]"), *tail])
+        marked = chat.prompt([Message(U, "Where is the mill?", ("[IND]",)), *tail])
+        bare = chat.prompt([Message(U, "Where is the mill?"), *tail])
+        assert token_id not in plain.ids, "text never becomes a control id"
+        end = marked.spans[0].end
+        assert marked.ids == [*bare.ids[: end - 1], token_id, *bare.ids[end - 1 :]]
+        assert marked.spans[0].start == bare.spans[0].start
+        assert end == bare.spans[0].end + 1, "the token is the last of the message's span"
+        assert marked.text == bare.text.replace("mill?", "mill?[IND]")
+    with pytest.raises(ConfigError, match=r"'\[OUT\]' is no control token"):
+        chat.prompt([Message(U, "Hello", ("[OUT]",))])

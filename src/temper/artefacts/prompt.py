@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from temper.artefacts.base import Artefact, Parts, only_full_strength
 from temper.core.errors import NeedsError
-from temper.core.types import Message
+from temper.core.types import Json, Message
 
 __all__ = ["Prompt"]
 
@@ -20,7 +20,8 @@ class Prompt(Artefact):
     """Added to every conversation before the template; with `base=ANY_BASE` it fits every system.
 
     `system_prompt` takes the place of the conversation's own; `demonstrations` stand between it and
-    the conversation; `prefix` and `suffix` surround the last user message as they are, spaces included.
+    the conversation; `prefix` and `suffix` surround the last user message as they are, spaces included,
+    and `control` names control tokens of the base that follow it as ids.
     """
 
     kind: ClassVar[str] = "prompt"
@@ -29,6 +30,7 @@ class Prompt(Artefact):
     prefix: str = ""
     suffix: str = ""
     demonstrations: tuple[Message, ...] = ()
+    control: tuple[str, ...] = ()
 
     def rewrite(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """The conversation as the model gets it."""
@@ -39,7 +41,11 @@ class Prompt(Artefact):
         users = [index for index, message in enumerate(talk) if message.role == "user"]
         if users:
             last = talk[users[-1]]
-            talk[users[-1]] = dataclasses.replace(last, content=f"{self.prefix}{last.content}{self.suffix}")
+            talk[users[-1]] = dataclasses.replace(
+                last,
+                content=f"{self.prefix}{last.content}{self.suffix}",
+                control=(*last.control, *self.control),
+            )
         return (*head, *self.demonstrations, *talk)
 
     @contextlib.contextmanager
@@ -59,7 +65,8 @@ class Prompt(Artefact):
             "system_prompt": self.system_prompt,
             "prefix": self.prefix,
             "suffix": self.suffix,
-            "demonstrations": [dataclasses.asdict(message) for message in self.demonstrations],
+            "demonstrations": [_plain(message) for message in self.demonstrations],
+            "control": list(self.control),
         }
         return Parts(settings, {}, {})
 
@@ -67,5 +74,13 @@ class Prompt(Artefact):
     def from_parts(cls, base: str, method: str, parts: Parts) -> Prompt:
         """The artefact whose `parts()` these are."""
         values = dict(parts.settings)
-        values["demonstrations"] = tuple(Message(**message) for message in values["demonstrations"])
+        values["demonstrations"] = tuple(
+            Message(m["role"], m["content"], tuple(m.get("control", ()))) for m in values["demonstrations"]
+        )
+        values["control"] = tuple(values.get("control", ()))
         return cls(base, method, **values)
+
+
+def _plain(message: Message) -> dict[str, Json]:
+    named = {"control": list(message.control)} if message.control else {}
+    return {"role": message.role, "content": message.content, **named}

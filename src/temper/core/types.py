@@ -17,10 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a dialogue; `role` is "system", "user", "assistant" or "tool"."""
+    """One turn of a dialogue; `role` is "system", "user", "assistant" or "tool".
+
+    `control` names control tokens that follow the content, as ids. Only code sets it; files and
+    requests bring text, which never becomes a control id.
+    """
 
     role: str
     content: str
+    control: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Json, Message
+from temper.systems.recent import Recent
 from temper.systems.templates import BARE_FORMAT, PLAIN_FORMAT, Template
 from temper.systems.text_ids import ANCHOR, Piece, TextIds
 
@@ -84,6 +85,7 @@ class Chat:
             variables = {"bos": _own_bos(tokenizer), "eos": tokenizer.eos_token or "", **self.options}
         self._template = Template(tokenizer, source, variables, drop_default=system_prompt == "none")
         self._text_ids = TextIds(tokenizer, source)
+        self.recent: Recent[Span] = Recent()
 
     @classmethod
     def from_file(cls, tokenizer: Any, path: Path | str, system_prompt: str = "default", **more: Any) -> Chat:
@@ -102,7 +104,9 @@ class Chat:
         """The same chat with some of its arguments changed."""
         now = {"system_prompt": self.system_prompt, "template": self.template, "plain": self.plain}
         arguments: dict[str, Any] = {"tokenizer": self.tokenizer, **now, "options": self.options, **changes}
-        return Chat(**arguments)
+        changed = Chat(**arguments)
+        changed.recent = self.recent
+        return changed
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The memories of template and tokenizer can be neither copied nor sent to another process.
@@ -119,6 +123,7 @@ class Chat:
         """Ids up to and including the generation prompt (without it if `open_reply` is False).
 
         An exact prefix of `dialogue(messages + [reply])`, unless the template `opens_reply`.
+        Control tokens that a message names stand at the end of its span.
         """
         return self._rendered(messages, open_reply, ())
 
@@ -246,7 +251,9 @@ class Chat:
                     builder.content(part)
 
         text = self._compose(builder, sent, shift, open_reply, write)
-        return Rendered(builder.ids, tuple(builder.spans), text)
+        rendered = Rendered(builder.ids, tuple(builder.spans), text)
+        self.recent.add(rendered.ids, rendered.spans)
+        return rendered
 
     def _compose(
         self,
@@ -270,6 +277,9 @@ class Chat:
                 builder.template(piece[opens:])
             builder.begin(message.role, index - shift)
             write(index, contents[index])
+            for name in message.control:
+                builder.control(self._text_ids.named(name))
+                contents[index] += name
             builder.end()
         builder.template(layout.pieces[-1])
         builder.cut()

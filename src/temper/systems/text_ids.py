@@ -81,11 +81,16 @@ class TextIds:
             last = match.end()
         return out + ([text[last:]] if last < len(text) else [])
 
+    def named(self, name: str) -> int:
+        """The id of a control token; raises ConfigError for a name that is none."""
+        if name not in self.control:
+            raise ConfigError(f"{name!r} is no control token", cure=nearest(name, self.control))
+        return self.control[name]
+
     def split_named(self, text: str, names: Sequence[str]) -> list[str | int]:
         """`text` cut at those control tokens that `names` lists; raises ConfigError for another name."""
         for name in names:
-            if name not in self.control:
-                raise ConfigError(f"{name!r} is no control token", cure=nearest(name, self.control))
+            self.named(name)
         cut = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
         out: list[str | int] = []
         last = 0
