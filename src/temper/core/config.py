@@ -53,7 +53,7 @@ def cast(raw: Any, hint: Any, where: str) -> Any:
     try:
         return adapter.validate_python(raw)
     except error_type as error:
-        first = error.errors()[0]
+        first = error.errors()[0]  # type: ignore[attr-defined]
         raise ConfigError(
             f"{raw!r} is not a valid value: {first['msg']}", where=where, cure=f"Expected {_plain(hint)}."
         ) from None
