@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from temper.core.errors import ConfigError, DataError, NeedsError, NumericsError
 from temper.core.types import Message, Run
 from temper.ops.decode_backends import PromptRow, RowBackend, SlotBackend, slots_work
+from temper.ops.decoding import prefill_groups
 from temper.ops.generate import Reply, Sampling, generate, prompt_ids
 from temper.ops.rows import current_rows
 from temper.systems.remote import Remote
@@ -388,3 +389,16 @@ def test_an_adapted_model_with_new_token_rows_generates_like_its_slow_twin(
     assert slots_work(adapted.model, adapted.device, 40)
     got = generate(adapted, prompts, Sampling(max_new_tokens=8), RUN)
     assert ids_of(got) == [slow_greedy(adapted, ids, 8) for ids in prompts]
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 3000))
+def test_prefill_groups_hold_every_prompt_once_within_budget_and_little_padding(lengths, budget):
+    prompts = [PromptRow(n, [0] * length) for n, length in enumerate(lengths)]
+    groups = list(prefill_groups(prompts, budget, 0))
+    assert sorted(p.number for group in groups for p in group) == list(range(len(lengths)))
+    sizes = [[len(p.ids) for p in group] for group in groups]
+    assert [n for group in sizes for n in group] == sorted(lengths, reverse=True)
+    for group in sizes:
+        padded = group[0] * len(group)
+        assert padded <= budget or len(group) == 1
+        assert padded - sum(group) <= 0.1 * padded or padded - group[0] < 256

@@ -60,17 +60,30 @@ class Stops:
         return any(string in tail for string in self.strings)
 
 
-def prefill_groups(prompts: Sequence[PromptRow], budget: int, shared: int) -> deque[list[PromptRow]]:
-    """Prompts longest first, cut into groups whose padded size stays within `budget` tokens.
+ENOUGH_TOKENS = 256
+"""A forward pass of so many tokens runs at the speed of a larger one."""
+MAX_WASTE = 0.1
+"""Share of padding that ends a group which is large enough."""
 
-    `shared` leading tokens of every prompt cost nothing.
+
+def prefill_groups(prompts: Sequence[PromptRow], budget: int, shared: int) -> deque[list[PromptRow]]:
+    """Prompts longest first, cut into groups of similar length, each at most `budget` tokens with padding.
+
+    A prompt longer than the budget is a group of its own. `shared` leading tokens of every prompt
+    cost nothing.
     """
     groups: deque[list[PromptRow]] = deque()
+    widest = real = 0
     for prompt in sorted(prompts, key=lambda p: (-len(p.ids), p.number)):
-        widest = len(groups[-1][0].ids) - shared if groups else 0
-        if not groups or widest * (len(groups[-1]) + 1) > budget:
+        own = len(prompt.ids) - shared
+        count = len(groups[-1]) if groups else 0
+        padded = widest * (count + 1)
+        wasteful = widest * count >= ENOUGH_TOKENS and padded - real - own > MAX_WASTE * padded
+        if not groups or padded > budget or wasteful:
             groups.append([])
+            widest, real = own, 0
         groups[-1].append(prompt)
+        real += own
     return groups
 
 

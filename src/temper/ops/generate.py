@@ -132,7 +132,7 @@ def _decode(
     engine: Engine,
     width: int,
 ) -> Iterator[RowState]:
-    room = system.max_tokens
+    room, width = system.max_tokens, min(width, num_samples * len(rows))
 
     def limit_of(row: PromptRow) -> int:
         return sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room - len(row.ids))
@@ -149,7 +149,7 @@ def _decode(
             and not half
             and num_samples * sum(map(limit_of, rows)) >= PACK_FROM_TOKENS
         ):
-            stack.enter_context(packed_linears(system.model, min(width, num_samples * len(rows))))
+            stack.enter_context(packed_linears(system.model, width))
         yield from decode(
             backend, groups, sampling, stops, rules, width=width, num_samples=num_samples, limit_of=limit_of
         )
