@@ -1,0 +1,3 @@
+"""Twelve neutral policy classes in the row schema of a class-balanced refusal benchmark (see README.md)."""
+
+__all__: list[str] = []
