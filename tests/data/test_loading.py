@@ -190,6 +190,18 @@ def test_parts_by_name(put):
     assert list(load_data({"forget": a}, {"forget": "Text", "retain?": "Text"})) == ["forget"]
 
 
+@pytest.mark.parametrize("spec", ["builtin:behaviours:neutral", "builtin:behaviours"])
+def test_a_chosen_part_takes_the_name_of_the_only_one_that_must_be_there(spec):
+    data = load_data(spec, {"goals": "Behaviour", "held_out?": "Behaviour"}, limit=3)
+    chosen = load_data(spec if spec.endswith("neutral") else "builtin:behaviours:train", limit=3)
+    assert data["goals"] == chosen.rows
+
+
+def test_a_part_that_is_wanted_keeps_its_name(put):
+    with pytest.raises(ConfigError, match="no part 'goals'"):
+        load_data("builtin:behaviours:test", {"goals": "Behaviour", "test?": "Behaviour"})
+
+
 def test_one_file_takes_the_name_of_the_only_part_wanted(put):
     assert list(load_data(put("a.jsonl", '{"text": "a"}'), {"test": "Text"})) == ["test"]
 

@@ -33,9 +33,9 @@ def load_data(
 ) -> Data:
     """The data that a spec names, checked row by row.
 
-    spec     "FILE" gives one part, "train" (or the only part that `schemas` wants); a mapping names
-             the parts; `builtin:NAME`, `asset:NAME` and `hub:owner/name` give all their parts,
-             `:PART` at the end one
+    spec     "FILE" gives one part, "train"; a mapping names the parts; `builtin:NAME`, `asset:NAME` and
+             `hub:owner/name` give all their parts, `:PART` at the end one. Where `schemas` wants one part
+             and it is missing, the only part, or "train", takes its name
     schemas  one schema for all parts, or part -> schema, a part ending in "?" may be missing; what is
              not given is inferred from the columns
     limit    rows to read of each part, from its beginning
@@ -50,9 +50,8 @@ def load_data(
         raise ConfigError("No data is named", cure="Give a data spec, or part=spec.")
     parts: dict[str, tuple[Record, ...]] = {}
     for part, text in sources.items():
-        found = _open(parse_data(text), wanted if not part else {})
-        if part:
-            found = {part: _only(found, text)}
+        found = _open(parse_data(text))
+        found = {part: _only(found, text)} if part else _named(found, schemas)
         for name, rows in found.items():
             schema = schemas if isinstance(schemas, str) else wanted.get(name)
             parts[name] = tuple(_records(rows, schema, name, limit))
@@ -88,10 +87,10 @@ def _check_parts(data: Data, schemas: Schemas | str | None) -> None:
 Rows = Iterator[NumberedRow]
 
 
-def _open(spec: DataSpec, wanted: Schemas) -> dict[str, Rows]:
+def _open(spec: DataSpec) -> dict[str, Rows]:
     """Part -> its rows, not read yet."""
     if spec.kind == "file":
-        return {next(iter(wanted)) if len(wanted) == 1 else Data.default_part: read_rows(Path(spec.name))}
+        return {Data.default_part: read_rows(Path(spec.name))}
     if spec.kind == "builtin":
         return _choose(_folder_parts(_builtin(spec.name)), spec)
     if spec.kind == "asset":
@@ -115,6 +114,18 @@ def _only(found: dict[str, Rows], text: str) -> Rows:
     raise ConfigError(
         f"{text!r} has several parts", cure=f"Choose one: {', '.join(f'{text}:{p}' for p in found)}."
     )
+
+
+def _named(found: dict[str, Rows], schemas: Schemas | str | None) -> dict[str, Rows]:
+    """The parts, where the only part wanted is missing with the only part, or "train", under its name."""
+    names = [] if schemas is None or isinstance(schemas, str) else list(schemas)
+    needed = [name for name in names if not name.endswith("?")] or [name.removesuffix("?") for name in names]
+    if len(needed) != 1 or needed[0] in found:
+        return found
+    source = next(iter(found)) if len(found) == 1 else Data.default_part
+    if source not in found or source in {name.removesuffix("?") for name in names}:
+        return found
+    return {needed[0] if name == source else name: rows for name, rows in found.items()}
 
 
 def builtin_names() -> list[str]:
