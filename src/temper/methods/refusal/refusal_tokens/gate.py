@@ -116,6 +116,10 @@ class RefusalGate:
             )
         return {}
 
+    def reply_prefix_ids(self) -> list[int]:
+        """What opens an answer that is no refusal: [respond]. An attack's target starts with it."""
+        return [self.controls.respond]
+
     def read(self, logits_BV: Tensor) -> ReadOut:
         """Control probabilities and the model's own choice, from first-position logits."""
         p_BK = thresholds.control_probs(logits_BV, self.controls.ids, self.temperature)

@@ -26,6 +26,7 @@ from temper.methods.refusal.refusal_tokens.gate import (
 from temper.methods.refusal.refusal_tokens.method import encode, fit, names_of, training_rows, unused_specials
 from temper.methods.refusal.refusal_tokens.scoring import off_effect
 from temper.ops import thresholds
+from temper.ops.search_prompt import PrefixesReply
 from temper.ops.generate import Sampling, generate
 from temper.systems.chat import Chat
 from temper.systems.loading import load_base
@@ -409,3 +410,8 @@ def test_off_effect_by_hand() -> None:
 def test_hand_set_thresholds_name_known_categories(tiny) -> None:
     with pytest.raises(ConfigError, match="no refusal category 'c'"):
         fit(tiny, Data({"train": rows("a", 4) + rows(None, 4)}), small(thresholds={"c": 0.5}), Run())
+
+
+def test_an_answer_opens_with_the_respond_token() -> None:
+    assert gate(NAMES).reply_prefix_ids() == [5]
+    assert isinstance(gate(NAMES), PrefixesReply)
