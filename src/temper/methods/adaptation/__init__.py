@@ -1,0 +1,1 @@
+"""How fine-tuning changes a model, seen from inside, and put right."""
