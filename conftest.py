@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile("temper", deadline=None)
+settings.load_profile("temper")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
