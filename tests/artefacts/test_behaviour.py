@@ -211,8 +211,6 @@ def test_a_system_without_weights_is_refused_where_they_are_needed(llama: Any) -
 def test_the_package_is_cheap_and_its_names_arrive_when_asked() -> None:
     code = (
         "import sys, temper.artefacts as a; assert 'torch' not in sys.modules;"
-        "from temper.artefacts.tuning import tuning as f; from temper.artefacts import tuning;"
-        "assert a.tuning is tuning and callable(tuning) and tuning.tuning is f;"
         "assert all(getattr(a, name) is not None for name in a.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

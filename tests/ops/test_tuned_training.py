@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from temper.artefacts.tuning import Tune, tuning
+from temper.artefacts import Tune, tuning
 from temper.core.types import Message, Run
 from temper.data.schemas import Dialogue
 from temper.ops.batching import collate, encode, pad_id

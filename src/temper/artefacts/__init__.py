@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from temper.artefacts.prompt import Prompt
     from temper.artefacts.stack import Stack
     from temper.artefacts.steer import Steer
-    from temper.artefacts.tuning import Tune, Tuning, tuning
+    from temper.artefacts.training import Tune, Tuning, tuning
     from temper.artefacts.weights import Weights
 
 __all__ = [
@@ -43,18 +43,16 @@ _HOMES = {
     "Prompt": "prompt",
     "Stack": "stack",
     "Steer": "steer",
-    "Tune": "tuning",
-    "Tuning": "tuning",
+    "Tune": "training",
+    "Tuning": "training",
     "Weights": "weights",
     "chained": "base",
     "load_artefact": "loading",
-    "tuning": "tuning",
+    "tuning": "training",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    # The module `tuning` is callable: the one name serves the module and its function.
-    return home if name == "tuning" else getattr(home, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

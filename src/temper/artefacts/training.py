@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -273,12 +271,3 @@ def _lora_state(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
-
-
-class _Module(ModuleType):
-    """Lets `temper.artefacts.tuning` be both this module and the function it is named after."""
-
-    __call__ = staticmethod(tuning)
-
-
-sys.modules[__name__].__class__ = _Module
