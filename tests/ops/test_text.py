@@ -75,6 +75,7 @@ def test_repetition_and_distinct():
     assert tx.repetition_rate("a b c d e f g h") == 0
     assert tx.repetition_rate("go on " * 50) > 0.9
     assert tx.repetition_rate("too short") == 0
+    assert tx.repetition_rate([7] * 9) == pytest.approx(1 - 1 / 6), "six 4-grams of tokens, one distinct"
     assert tx.distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)
     assert tx.distinct_n([], 2) == 1
 

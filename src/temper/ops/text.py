@@ -114,13 +114,16 @@ def distinct_n(texts: Iterable[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def repetition_rate(text: str, n: int = 4) -> float:
-    """Share of a text's n-grams that already stood in it: 0 for a short or varied text, towards 1 for a loop."""
-    grams = list(_grams(words(text), n))
+def repetition_rate(text: str | Sequence[Any], n: int = 4) -> float:
+    """Share of a text's n-grams of words that already stood in it: 0 for a short or varied text, towards 1 for a loop.
+
+    A sequence of tokens (which a broken reply has even without words) is taken token by token.
+    """
+    grams = list(_grams(words(text) if isinstance(text, str) else text, n))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _grams(tokens: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
+def _grams(tokens: Sequence[Any], n: int) -> Iterable[tuple[Any, ...]]:
     return (tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
 

@@ -1,0 +1,1 @@
+"""Making a model forget chosen things, and checking that it did."""

@@ -1,0 +1,271 @@
+"""Unlearning as a training run: rows paired and scored under the reference, steps counted, the way watched."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from temper.artefacts import Tune, Tuning
+from temper.core.errors import DataError
+from temper.core.types import Run
+from temper.data.schemas import Data, Dialogue
+from temper.methods.unlearning.npo.card import Config
+from temper.methods.unlearning.npo.losses import Loss, parse
+from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
+from temper.ops.batching import Example, encode
+from temper.ops.logprobs import reference_logprobs, response_logprobs
+from temper.ops.train import TrainLog, TrainSettings, train
+from temper.systems.causal_lm import CausalLM
+
+__all__ = [
+    "Rows",
+    "Watch",
+    "check_reference",
+    "curve_figures",
+    "encode_answers",
+    "num_steps",
+    "pairs",
+    "prepare",
+    "train_settings",
+    "tune",
+    "unlearn",
+]
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_TOLERANCE = 0.05
+"""Nats a token by which a model may differ from its own reference at step 0: rounding, not another model."""
+
+
+class Rows(NamedTuple):
+    """Everything a loss reads, as tokens, with the reference's log-probabilities of what it compares."""
+
+    loss: Loss
+    forget: list[Example]
+    retain: list[Example]
+    idk: list[Example]
+    forget_ref: Tensor
+    idk_ref: Tensor
+
+
+def prepare(system: CausalLM, data: Data, config: Config, run: Run) -> Rows:
+    """The rows of the loss; reference log-probabilities come from the system as it stands (Departure 2).
+
+    Raises DataError for a loss with a retain term and no retain rows, and for a row whose answer is missing or cut away.
+    """
+    loss = parse(config.loss)
+    if loss.needs_retain and "retain" not in data:
+        raise DataError(
+            f"The loss {config.loss!r} keeps a retain set, and there is none",
+            where=data.source,
+            cure="Give one (--data retain=FILE), or take a loss without: --set loss=npo.",
+        )
+    records: Sequence[Any] = data["forget"]
+    forget = encode_answers(system, records, config)
+    idk = idk_rows(system, records, config, run.seed) if "idk" in loss.forget.reads else []
+    # Read also by the curve of a loss without a retain term.
+    retain = encode_answers(system, data.get("retain"), config)
+    refs = [torch.zeros(len(part)) for part in (forget, idk)]
+    if loss.forget.uses_reference:
+        refs = [reference_logprobs(system, part, run) if part else torch.zeros(0) for part in (forget, idk)]
+    return Rows(loss, forget, retain, idk, *refs)
+
+
+def encode_answers(system: CausalLM, records: Sequence[Any], config: Config) -> list[Example]:
+    """The rows with their last answer scored, end-of-turn token included."""
+    return [encode(system, record, train_on="last", max_tokens=config.max_tokens) for record in records]
+
+
+def idk_rows(system: CausalLM, records: Sequence[Dialogue], config: Config, seed: int) -> list[Example]:
+    """Each forget prompt with an "I don't know" reply, drawn once (Departure 5)."""
+    if not config.idk_replies:
+        raise DataError("There is no reply to learn in the forget answers' place", cure="Give idk_replies.")
+    rows = []
+    for number, record in enumerate(records):
+        drawn = random.Random(f"{seed}/idk/{number}").choice(config.idk_replies)
+        reply = str(record.extra.get("idk") or drawn)
+        place = f"row {record.id}, its I-don't-know reply"
+        rows.append(encode(system, (record.prompt, reply), max_tokens=config.max_tokens, where=place))
+    return rows
+
+
+def pairs(rows: Rows, seed: int, epoch: int) -> list[Pair]:
+    """One epoch: every forget row once, with a retain row drawn at random (with replacement) for each."""
+    draw = random.Random(f"{seed}/retain/{epoch}")
+    forget_ref, idk_ref = rows.forget_ref.tolist(), rows.idk_ref.tolist()
+    return [
+        Pair(
+            forget=row,
+            forget_ref=forget_ref[number],
+            idk=rows.idk[number] if rows.idk else None,
+            idk_ref=idk_ref[number] if rows.idk else 0.0,
+            retain=draw.choice(rows.retain) if rows.loss.needs_retain else None,
+        )
+        for number, row in enumerate(rows.forget)
+    ]
+
+
+def num_steps(num_rows: int, config: Config) -> int:
+    """Optimiser steps: the epochs', at least `min_steps` (Departure 7), at most `max_steps`."""
+    steps = math.ceil(config.num_epochs * math.ceil(num_rows / config.batch_rows))
+    steps = max(steps, config.min_steps)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def train_settings(num_rows: int, config: Config) -> TrainSettings:
+    """Warm-up over the first epoch, then the schedule."""
+    steps = num_steps(num_rows, config)
+    warmup = config.warmup_epochs * math.ceil(num_rows / config.batch_rows)
+    return TrainSettings(
+        lr=config.lr,
+        max_steps=steps,
+        batch_rows=config.batch_rows,
+        schedule=config.schedule,
+        warmup_ratio=min(1.0, warmup / steps),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        log_every=1 if config.max_forget_nll else 10,
+    )
+
+
+def tune(config: Config) -> Tune:
+    """What is trained."""
+    return Tune(mode=config.mode, r=config.rank, alpha=2.0 * config.rank)
+
+
+class Watch:
+    """Mean and single answer probabilities of forget and retain rows; `look` is what a training callback returns.
+
+    Keys are "forget" and "retain" (means) and "PART/NUMBER" (single rows).
+    """
+
+    def __init__(self, system: CausalLM, rows: Rows, config: Config, run: Run) -> None:
+        self.system, self.run = system, run
+        self.parts = {"forget": rows.forget[: config.watch_rows], "retain": rows.retain[: config.watch_rows]}
+
+    def look(self, step: int) -> dict[str, float]:
+        """Length-normalised answer probabilities now."""
+        found: dict[str, float] = {}
+        for part, examples in self.parts.items():
+            if not examples:
+                continue
+            values = response_logprobs(self.system, examples, reduce="mean", run=self.run).exp().tolist()
+            found[part] = sum(values) / len(values)
+            found |= {f"{part}/{number}": value for number, value in enumerate(values)}
+        return found
+
+
+def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainLog, list[dict[str, float]]]:
+    """Train in place; gives the log and the looks, the first one before the first step."""
+    system = tuned.system
+    check_reference(system, rows, run)
+    objective = UnlearnObjective(
+        rows.loss,
+        config,
+        pad_id=system.pad_id,
+        device=system.device,
+        reference=tuned.reference,
+        width=max(len(row.ids) for row in (*rows.forget, *rows.retain)),
+    )
+    watch = Watch(system, rows, config, run)
+    looks = [{"step": 0.0, **watch.look(0)}] if config.watch_every else []
+    log = train(
+        system.model,
+        tuned.parameters(),
+        lambda epoch: pairs(rows, run.seed, epoch),
+        objective,
+        train_settings(len(rows.forget), config),
+        run,
+        length=lambda pair: pair.num_tokens,
+        every=config.watch_every,
+        callback=watch.look if config.watch_every else None,
+        stop_when=diverged(config),
+    )
+    report_outcome(log, config)
+    return log, [*looks, *log.curve]
+
+
+def check_reference(system: CausalLM, rows: Rows, run: Run, most: int = 8) -> float:
+    """Mean of lp - lp_ref over some forget rows, in nats a token, before the first step; warns unless it is about 0.
+
+    Anything else means that the reference is another model than the one unlearning starts from.
+    """
+    if not rows.loss.forget.uses_reference:
+        return 0.0
+    some = rows.forget[:most]
+    gap = response_logprobs(system, some, run=run) - rows.forget_ref[:most]
+    mean = float(gap.sum()) / sum(sum(row.scored) for row in some)
+    if not abs(mean) <= REFERENCE_TOLERANCE:
+        logger.warning(
+            "the reference is not the model that unlearning starts from: log-probabilities differ by %.3f nats a token "
+            "at step 0; npo, dpo and kto need the fine-tuned target as reference",
+            mean,
+        )
+    return mean
+
+
+def diverged(config: Config) -> Callable[[TrainLog], bool] | None:
+    """Whether the forget answers' cross-entropy has passed its bound (Departure 9)."""
+    if not config.max_forget_nll:
+        return None
+
+    def stop(log: TrainLog) -> bool:
+        watched = log.terms.get("forget_nll")
+        return bool(watched) and watched[-1] > config.max_forget_nll  # type: ignore[index]
+
+    return stop
+
+
+def report_outcome(log: TrainLog, config: Config) -> None:
+    """Say when training was stopped as diverged, or when the forget answers hardly moved."""
+    watched = log.terms.get("forget_nll")
+    if not watched:
+        return
+    if log.stopped_early:
+        logger.warning(
+            "stopped at step %d: the forget answers cost %.1f nats a token, more than max_forget_nll=%g. %s",
+            log.num_steps,
+            watched[-1],
+            config.max_forget_nll,
+            "Gradient ascent has no floor: lower lr or num_epochs, or use npo.",
+        )
+    elif watched[-1] - watched[0] < 0.1:
+        logger.warning(
+            "the forget answers hardly moved in %d steps (%.2f to %.2f nats a token): raise lr, num_epochs or min_steps",
+            log.num_steps,
+            watched[0],
+            watched[-1],
+        )
+
+
+def curve_figures(looks: Sequence[Mapping[str, float]], name: str) -> dict[str, Any]:
+    """What was kept against what was forgotten, and both over the steps, for the report."""
+    if not looks:
+        return {}
+    steps = [look["step"] for look in looks]
+    lines = {
+        part: {"x": steps, "y": [look[part] for look in looks]}
+        for part in ("forget", "retain")
+        if part in looks[0]
+    }
+    curves = {
+        "Answer probability while unlearning": {
+            "x": "optimiser step",
+            "y": "mean probability",
+            "lines": lines,
+        }
+    }
+    if len(lines) == 2:
+        trade = {"x": lines["forget"]["y"], "y": lines["retain"]["y"]}
+        curves["Kept against forgotten"] = {
+            "x": "forget probability",
+            "y": "retain probability",
+            "lines": {name: trade},
+        }
+    return {"curves": curves}
