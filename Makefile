@@ -10,7 +10,7 @@ RUNS ?= runs
 # Trains, calibrates, measures and red-teams refusal tokens on SmolLM2-135M-Instruct; writes runs/<id>/report.html.
 demo: setup
 	$(TEMPER) fetch smollm2-135m minilm
-	$(TEMPER) run examples/demo.yaml --out $(RUNS)
+	$(TEMPER) run examples/demo.yaml --out $(RUNS) --report
 
 # The whole suite; needs the two assets in the cache and no network after that.
 test: setup

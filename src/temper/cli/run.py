@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from temper.cli import requests as req
 from temper.cli.bar import make_ticker
-from temper.cli.output import AsJson, number, print_json, print_table, say
+from temper.cli.output import AsJson, print_json, print_table, say, seconds_text
 from temper.cli.plan import describe_cost
-from temper.core.types import Row, Ticker
+from temper.core.types import Ticker
+from temper.report.tables import Cell, SummaryRow, format_interval, format_value, summary_table
 from temper.run.estimate import check_cost, estimate
 from temper.run.execute import RunResult, execute
 from temper.run.plan import Plan, make_plan
@@ -49,6 +52,7 @@ def run_command(
     device: req.Device = None,
     precision: req.Precision = None,
     base_url: req.BaseUrl = None,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html into the run's folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run all cells; the same command again resumes, and repeats nothing that is unchanged."""
@@ -72,6 +76,7 @@ def run_command(
     if is_worker():
         execute(plan, ticker=_worker_ticker(), say=_told())
         return
+    began = time.monotonic()
     runner = launch.pick_runner(plan, on=on)
     sink = launch.pick_sink(track)
     _announce(plan)
@@ -86,6 +91,11 @@ def run_command(
 
         say(f"{append_evidence(result)} rows appended to the evidence of {plan.pipeline.method}")
     _show(result, as_json)
+    say(f"took {seconds_text(time.monotonic() - began)}")
+    if report:
+        from temper.report.page import write_report
+
+        say(str(write_report(result.folder.path)))
 
 
 def _worker_ticker() -> Ticker:
@@ -103,42 +113,31 @@ def _announce(plan: Plan) -> None:
 
 
 def _show(result: RunResult, as_json: bool) -> None:
+    folder = result.folder
     if as_json:
-        print_json(iter(lines.read(result.folder.path / "rows.jsonl")))
-        say(str(result.folder.path))
+        print_json(iter(lines.read(folder.path / "rows.jsonl")))
+        say(str(folder.path))
         return
-    shown: list[tuple[Any, ...]] = []
-    total = 0
-    for row in result.folder.rows():
-        if row.item is None:
-            total += 1
-            if len(shown) < NUM_SHOWN:
-                shown.append(_line(row))
-    if shown:
-        print_table(
-            ("arm", "seed", "step", "metric", "split", "group", "value", "95% from", "to", "n"), shown
-        )
-    if total > len(shown):
-        say(f"... {total - len(shown)} more rows in {result.folder.path / 'rows.jsonl'}")
+    table = summary_table(folder.rows(), groups=True)
+    columns = ("metric", "split", "group", *(arm or "value" for arm in table.arms))
+    print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
+    if len(table.rows) > NUM_SHOWN:
+        say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
     for step in result.plan.steps:
         if step.verb == "fit":
-            print(f"{step.id} (seed {step.seed}): {result.folder.step(step.name).path}")
-    print(result.folder.path)
+            print(f"{step.id} (seed {step.seed}): {folder.step(step.name).path}")
+    print(folder.path)
     sys.stdout.flush()
 
 
-def _line(row: Row) -> tuple[Any, ...]:
-    facts = row.facts
-    interval = (number(row.low), number(row.high))
-    value = number(row.value) if row.value is not None else f"none: {row.note}"
-    return (
-        row.arm,
-        facts.get("seed"),
-        facts.get("step"),
-        row.metric,
-        row.split,
-        row.group,
-        value,
-        *interval,
-        row.n,
-    )
+def _line(row: SummaryRow, arms: Sequence[str]) -> list[str]:
+    """One metric: its value in every arm, with its interval, or why there is none."""
+    return [row.metric, row.split, row.group, *(_value(row.cells.get(arm), row.metric) for arm in arms)]
+
+
+def _value(cell: Cell | None, metric: str) -> str:
+    if cell is None:
+        return ""
+    if cell.value is None:
+        return f"none: {cell.note}"
+    return f"{format_value(cell.value, metric)} {format_interval(cell, metric)}".rstrip()
