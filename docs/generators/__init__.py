@@ -1,0 +1,1 @@
+"""Pages and tables made from the source; `docs/generate.py` runs them."""
