@@ -224,3 +224,19 @@ def test_the_training_loop_trains_a_tuning(llama: Any, run: Run) -> None:
     ids = torch.tensor([[5, 9]])
     with artefact.apply(llama) as changed:
         assert int(logits(changed, ids)[0, -1].argmax()) == new
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_autocast_keeps_no_copy_of_the_reference(system: Any, run: Run, mode: str) -> None:
+    """Autocast caches low-precision copies of trained weights; those of another moment would answer for these."""
+    with tuning(system, MODES[mode], run) as t:
+        train(t)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            trained = logits(t.system)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with t.reference() as before:
+                start = logits(before)
+            assert torch.equal(logits(t.system), trained)
+            with t.reference() as before:
+                assert torch.equal(logits(before), start)
+        assert not torch.equal(start, trained)

@@ -96,7 +96,7 @@ class Tuning(ABC):
         try:
             for parameter, original in self._originals():
                 parameter.data = original
-            with torch.no_grad():
+            with torch.no_grad(), _uncached_autocast(self.system.device):
                 yield self.system.with_(fingerprint=f"{self.system.fingerprint}:start")
         finally:
             for parameter, data in trained:
@@ -128,6 +128,13 @@ class Tuning(ABC):
 
     @abstractmethod
     def _collect(self, method: str) -> Adapter | Weights | None: ...
+
+
+def _uncached_autocast(device: torch.device) -> torch.autocast:
+    """The autocast in force, without its cache: it keeps low-precision copies of parameters whose values change here."""
+    kind = device.type
+    on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False)
 
 
 class _LoraTuning(Tuning):
