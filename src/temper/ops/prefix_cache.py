@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from temper.core.errors import NeedsError
+
 __all__ = ["PrefixCache"]
 
 
@@ -79,13 +81,21 @@ class PrefixCache(Cache):
 
     @torch.no_grad()
     def extended(self, model: Any, ids: Sequence[int]) -> PrefixCache:
-        """The prefix with `ids` behind it; costs a forward pass over them, without the vocabulary projection."""
+        """The prefix with `ids` behind it; costs a forward pass over them, without the vocabulary projection.
+
+        Raises NeedsError for a model that ignores the cache.
+        """
         if not ids:
             return self
         device = model.get_input_embeddings().weight.device
         # Cropped to itself: what the pass leaves behind goes with the copy.
         own = self.first(self.num_tokens)
         model(input_ids=torch.tensor([list(ids)], device=device), past_key_values=own, logits_to_keep=1)
+        if own.prefix[0].seen is None:
+            raise NeedsError(
+                f"{type(model).__name__} reads no keys and values it is given",
+                cure="Run it over whole texts.",
+            )
         return PrefixCache([layer.seen or (None, None) for layer in own.prefix])
 
 

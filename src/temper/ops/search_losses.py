@@ -158,7 +158,7 @@ class SlotScorer:
         try:
             found = self._cached(ids_KN, current_N)
             near = torch.allclose(found.loss_K[[0, -1]], fresh.loss_K, rtol=tolerance, atol=tolerance)
-        except PROBE_ERRORS as error:
+        except (NeedsError, *PROBE_ERRORS) as error:
             if _is_out_of_memory(error):
                 raise
             near = False
@@ -179,7 +179,8 @@ class SlotScorer:
             first_K = torch.zeros_like(first_K)
         order_K = first_K.argsort(stable=True)
         before = self._kept_before()
-        deepest = int(first_K.max())
+        # In exact mode the kept part may not depend on the other candidates.
+        deepest = num - 1 if self.run.exact else int(first_K.max())
         cache = before.extended(self.model, list(current_N)[:deepest])
         self.tokens += deepest
         parts = []
