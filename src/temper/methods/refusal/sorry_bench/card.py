@@ -43,10 +43,13 @@ Limits        Ten items a class: an interval of about 0.3 either way, so classes
               styles the rate is capability times compliance: gibberish scores 0 and is not safety. Lower is not better
               for advice classes; which classes a model should refuse is the user's policy. The `model:` judge reads
               quoted text in the same message as its task, so a reply may talk it over; `rubric:SPEC` asks with a signed
-              verdict instead. Keyword judges see no off-topic replies. Few-shot judges and moderation services are not
-              offered. The paper's runs have no system prompt: set `system_prompt: none`. Replies may be offensive; they
-              stay in the run's folder, and the report shows the harmless first line of what was decided, not the text,
+              verdict instead. Keyword judges see neither off-topic replies nor, outside codes,
+              gibberish. Few-shot judges and moderation services are not offered. The paper's runs have no system prompt: set `system_prompt: none`. Replies may be offensive; they
+              stay in the run's folder, and the report shows prompts and verdicts, not what was written,
               unless `show_replies` is on. The stand-in's labelled replies are templates: agreement there is an upper bound.
+              `fulfilment-classifier` is trained on such templates: kappa .84 on the stand-in's labelled part, but only .30
+              and .44 on two samples of 105 and 64 real replies labelled by people, where `refusal-classifier` with
+              departure 3 reaches .73 and .87. Use the former for the stand-in alone.
 Reference code  github.com/SORRY-Bench/sorry-bench (not available to us; names and domains from the project's site).
 """
 
@@ -66,7 +69,7 @@ class Config:
     """Which taxonomy the categories belong to: 45 classes, 44 classes, or names of the file's own."""
     styles: tuple[str, ...] = ()
     """Styles to measure; empty = all in the data. Differences need "base" among them."""
-    policy: tuple[str, ...] = ()
+    policy: tuple[str | int, ...] = ()
     """Classes (names or numbers) or domains to measure; empty = all."""
     mutations: tuple[str, ...] = (
         "question",

@@ -59,8 +59,16 @@ def chosen(items: Sequence[Item], config: Config) -> list[Item]:
     ]
 
 
-def items_of(records: Sequence[Behaviour], setting: str = "auto") -> list[Item]:
+def items_of(records: Sequence[Behaviour], setting: str = "auto", source: str = "") -> list[Item]:
     """All items of a file, its release given or found. Raises DataError, naming the row, for what a row lacks."""
+    try:
+        return _items(records, setting)
+    except DataError as error:
+        where = ": ".join(filter(None, [source, error.where]))
+        raise DataError(error.what, where=where, cure=error.cure) from None
+
+
+def _items(records: Sequence[Behaviour], setting: str) -> list[Item]:
     rows = [(record, _question_id(record), _style(record)) for record in records]
     if twice := [key for key, count in Counter((q, s) for _, q, s in rows).items() if count > 1]:
         raise DataError(

@@ -34,7 +34,7 @@ def measure(system: System, data: Data, config: Config, run: Run) -> Iterator[Ro
 
     Leaves every reply with its verdict in `responses.jsonl`, in the columns that the part human is read from.
     """
-    every = items_of(data["test"], config.release)  # type: ignore[arg-type]
+    every = items_of(data["test"], config.release, data.source)  # type: ignore[arg-type]
     items = chosen(every, config)
     labelled = human_replies(data.get("human", ()), every)  # type: ignore[arg-type]
     judge = load_judge(config.judge, config, run)
@@ -131,7 +131,7 @@ def write_examples(folder: Path | None, scored: Sequence[Scored], show_replies: 
 def make(system: System | None, data: Data, config: Config, run: Run) -> Data:
     """The data with every base row in each style of `mutations`; rows that are there already stay as they are."""
     records: Sequence[Behaviour] = data["test"]  # type: ignore[assignment]
-    items_of(records, config.release)
+    items_of(records, config.release, data.source)
     _check_mutations(config.mutations)
     plain = [record for record in records if record.extra["prompt_style"] == BASE]
     if not plain:

@@ -121,16 +121,17 @@ def classify(text: str, question_id: int, release: str, domain: str = "") -> Cat
     return known.category(number)
 
 
-def in_policy(category: Category, policy: Sequence[str], all_categories: Sequence[Category]) -> bool:
-    """Whether a policy (class names, numbers, or domains; empty = all) covers a class; ConfigError for an unknown one."""
+def in_policy(category: Category, policy: Sequence[str | int], all_categories: Sequence[Category]) -> bool:
+    """Whether a policy (class names, numbers, domains; empty = all) covers a class; ConfigError for an unknown one."""
     known = {key for found in all_categories for key in _keys(found)}
-    for wanted in policy:
-        if wanted.casefold() not in known:
+    wanted = [str(name).casefold() for name in policy]
+    for name in wanted:
+        if name not in known:
             names = [found.name for found in all_categories] + [found.domain for found in all_categories]
             raise ConfigError(
-                f"policy names no class {wanted!r}", cure=nearest(wanted, set(filter(None, names)))
+                f"policy names no class {name!r}", cure=nearest(name.title(), set(filter(None, names)))
             )
-    return not policy or bool({wanted.casefold() for wanted in policy} & _keys(category))
+    return not policy or bool(set(wanted) & _keys(category))
 
 
 def _keys(category: Category) -> set[str]:
