@@ -28,8 +28,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # Format, lint, types, architecture: under a minute.
 check: setup
-	$(BIN)/ruff format --check src tests perf examples
-	$(BIN)/ruff check src tests perf examples
+	$(BIN)/ruff format --check src tests perf examples docs
+	$(BIN)/ruff check src tests perf examples docs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
 
@@ -38,7 +38,7 @@ generated: setup
 	$(BIN)/python docs/generate.py
 
 docs: setup generated
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # make new NAME=family/name
 new: setup

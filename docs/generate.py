@@ -21,7 +21,14 @@ from generators.demo import demo_block
 from generators.errors import error_page
 from generators.markdown import replace_region
 from generators.method_pages import method_page
-from generators.tables import asset_table, builtin_table, family_table, judge_table, methods_page
+from generators.tables import (
+    asset_table,
+    builtin_table,
+    family_table,
+    file_map,
+    judge_table,
+    methods_page,
+)
 
 from temper.core import registry
 
@@ -35,6 +42,7 @@ REGIONS = {
         "commands": command_table,
         "families": lambda: family_table(METHODS, "docs/methods/"),
     },
+    "ARCHITECTURE.md": {"files": lambda: file_map(SOURCE)},
     "docs/concepts/data.md": {
         "builtin": lambda: builtin_table(SOURCE / "data" / "builtin"),
         "assets": lambda: asset_table(SOURCE / "data" / "assets.json"),

@@ -65,6 +65,8 @@ def literal(node: ast.expr) -> str:
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(literal(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.IfExp):
+        return f"<{literal(node.value)}>"
     if isinstance(node, ast.FormattedValue):
         return f"<{_name(node.value)}>"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

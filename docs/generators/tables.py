@@ -12,7 +12,18 @@ from temper.core import registry
 from temper.judges.loading import measured
 from temper.run.evidence import findings
 
-__all__ = ["asset_table", "builtin_table", "families", "family_table", "judge_table", "methods_page"]
+__all__ = [
+    "asset_table",
+    "builtin_table",
+    "families",
+    "family_table",
+    "file_map",
+    "judge_table",
+    "methods_page",
+]
+
+LAYERS = ("core", "data", "systems", "store", "ops", "artefacts", "judges", "run", "report", "cli", "server")
+"""In the order of imports; methods are listed by family instead."""
 
 
 def families(root: Path) -> dict[str, str]:
@@ -103,3 +114,20 @@ def judge_table() -> str:
 
 def _rate(value: float | None, low: float | None, high: float | None) -> str:
     return "-" if value is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def file_map(source: Path) -> str:
+    """Layer by layer, each module with the first sentence of its docstring."""
+    blocks = []
+    for layer in LAYERS:
+        paths = [p for p in sorted((source / layer).glob("*.py")) if p.name != "__init__.py"]
+        rows = [(f"`{layer}/{path.name}`", cell(_first_paragraph(path))) for path in paths]
+        blocks += [table(("file", "what lives there"), rows)] if rows else []
+    return "\n\n".join(blocks)
+
+
+def _first_paragraph(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not text:
+        raise SystemExit(f"docs/generate.py: {path} has no docstring; say in one line what lives there")
+    return text.split("\n\n")[0]

@@ -90,6 +90,17 @@ def test_the_readme_names_every_layer() -> None:
     assert {layer for layer in layers if f"`src/temper/{layer}/`" not in text} <= {"server"}
 
 
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "ARCHITECTURE.md"],
+    ids=name,
+)
+def test_local_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
 def test_what_a_page_lets_one_type_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text(MINE)
