@@ -353,7 +353,8 @@ def test_departure_1_the_default_judge_is_local_and_unknown_ones_are_refused() -
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("fulfilment-classifier", 0.8, 0.9), ("refusal-classic", 0.0, 0.2)]
+    ("name", "least", "most"),
+    [pytest.param("fulfilment-classifier", 0.8, 0.9, marks=pytest.mark.slow), ("refusal-classic", 0.0, 0.2)],
 )
 def test_agreement_with_the_stand_in_is_what_the_card_says(name: str, least: float, most: float) -> None:
     data = load_data("builtin:policy-mini", {"test": "Behaviour", "human": "Labelled"})
