@@ -169,7 +169,7 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_data(str(tmp_path / "no.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="a folder, not a file"):
         load_data(str(tmp_path / "folder.jsonl"))
 
 

@@ -1,6 +1,7 @@
 """The training loop: any split gives one gradient, resume equals never stopped, a bad number stops."""
 
 import copy
+import math
 import random
 from dataclasses import dataclass, field, replace
 
@@ -467,6 +468,7 @@ def test_the_log_says_what_it_cost():
 
 
 def test_settings_refuse_nonsense():
-    for bad in ({"lr": 0}, {"batch_rows": 0}, {"warmup_ratio": 1.5}, {"num_epochs": -1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+    nonsense = ({"lr": 0}, {"lr": math.nan}, {"batch_rows": 0}, {"warmup_ratio": 1.5}, {"num_epochs": -1})
+    for bad in (*nonsense, {"clip_norm": -1}, {"weight_decay": -0.1}, {"max_steps": -1}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
             TrainSettings(**bad)

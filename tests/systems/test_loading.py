@@ -11,6 +11,7 @@ from temper.core.errors import ConfigError, ModelError, NeedsError
 from temper.core.types import Message
 from temper.systems import loading
 from temper.systems.loading import known_bases, load_base
+from temper.systems.names import TINY, check_base
 from temper.systems.remote import Remote
 from temper.systems.tiny import ARCHITECTURES, build_tiny
 
@@ -191,3 +192,26 @@ def test_hub_failures_are_told_apart(name, kind, message):
     assert isinstance(error, kind)
     assert message in str(error)
     assert isinstance(loading._explained(OSError("a/b does not have safetensors"), "a/b"), ModelError)
+
+
+def test_names_are_checked_without_loading(folder, tmp_path):
+    assert set(TINY) == set(ARCHITECTURES)
+    for good in ("smollm2-135m", "tiny:llama:3", "owner/name", "openai:gpt-x", str(folder)):
+        check_base(good)
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        check_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_loading_draws_no_bar_and_leaves_their_setting_alone(folder, capfd, was_on):
+    from transformers.utils import logging as theirs
+
+    before = theirs.is_progress_bar_enabled()
+    switch = {True: theirs.enable_progress_bar, False: theirs.disable_progress_bar}
+    switch[was_on]()
+    try:
+        load_base(str(folder))
+        assert capfd.readouterr().err == ""
+        assert theirs.is_progress_bar_enabled() is was_on
+    finally:
+        switch[before]()

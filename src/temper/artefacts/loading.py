@@ -15,13 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from temper.artefacts.base import Artefact, Parts
+from temper.artefacts.manifest import FORMAT, MANIFEST, read_manifest
 from temper.core.errors import ConfigError, StoreError, nearest
 from temper.store.atomic import disk_errors
 
 __all__ = ["FORMAT", "KINDS", "build_artefact", "load_artefact", "write_artefact"]
-
-FORMAT = 1
-"""Version of the layout on disk; raised when an older reader would misread it."""
 
 KINDS = {
     "adapter": "Adapter",
@@ -31,7 +29,6 @@ KINDS = {
     "steer": "Steer",
     "weights": "Weights",
 }
-MANIFEST = "artefact.json"
 
 
 def write_artefact(artefact: Artefact, folder: Path) -> Path:
@@ -100,7 +97,7 @@ def load_artefact(path: Path | str) -> Artefact:
     Raises ConfigError where there is none or several, StoreError for a damaged file.
     """
     folder = _find(Path(path))
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     tensors: dict[str, Any] = {}
     texts: dict[str, str] = {}
     for name, wanted in manifest["files"].items():
@@ -140,27 +137,6 @@ def _find(path: Path) -> Path:
         f"There is no artefact at {str(path)!r}",
         cure="Give an artefact folder, runs/<id> or runs/<id>/steps/<step>.",
     )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["format"], manifest["files"]
-        complete = isinstance(files, dict) and {"kind", "base", "method", "settings"} <= manifest.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{MANIFEST} cannot be read: {error}", where=str(path), cure="Fit it again."
-        ) from error
-    if version != FORMAT:
-        raise StoreError(
-            f"Artefact format {version} is not {FORMAT}",
-            where=str(path),
-            cure="Use the version of temper that wrote it.",
-        )
-    if not complete:
-        raise StoreError(f"{MANIFEST} is incomplete", where=str(path), cure="Fit it again.")
-    return dict(manifest)
 
 
 def _verified(folder: Path, name: str, wanted: str) -> Path:

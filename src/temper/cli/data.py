@@ -52,6 +52,8 @@ def show_data(
         raise ConfigError("--mask needs a system, whose tokens are shown", cure="Add --system NAME.")
     if limit < 1:
         raise ConfigError(f"--limit {limit} is below 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"--max-tokens {max_tokens} is below 1")
     data = load_data(parse_parts(sources) or "", schema, limit=limit)
     chosen = {part: data[part]} if part else {name: data[name] for name in data}
     if not mask:
@@ -85,9 +87,9 @@ def _print_records(parts: Mapping[str, Sequence[Any]], as_json: bool) -> None:
 def _print_masks(
     system: Any, parts: Mapping[str, Sequence[Any]], train_on: str, max_tokens: int | None, as_json: bool
 ) -> None:
-    masks = _masks(system, parts, train_on, max_tokens)
+    masks = list(_masks(system, parts, train_on, max_tokens))  # a bad row stops before half a document is out
     if as_json:
-        print_json(iter(masks))
+        print_json(masks)
         return
     for row in masks:
         print(f"{row['part']} {row['id']}: {row['num_scored']} of {len(row['tokens'])} tokens are trained")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from temper.cli.output import AsJson, print_json, print_table
+from temper.core.card import VERBS
 from temper.core.errors import ConfigError, nearest
 from temper.core.registry import entries, load_card
 
@@ -28,6 +29,8 @@ def list_methods(
     families = {entry.family for entry in found.values()}
     if family is not None and family not in families:
         raise ConfigError(f"There is no family {family!r}", cure=nearest(family, families))
+    if verb is not None and verb not in VERBS:
+        raise ConfigError(f"There is no verb {verb!r}", cure=nearest(verb, VERBS))
     rows = []
     for slug, entry in found.items():
         card = load_card(slug)

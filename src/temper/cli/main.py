@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 failed, 2 bad request.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +38,10 @@ TOP = "Change how a model behaves, attack it, and show what then holds."
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that lacks a letter must not stop a command half-way through its table.
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(arguments)
     except TemperError as error:
@@ -47,11 +53,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The reader went away (`temper list | head`); there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("TEMPER_DEBUG") == "1":
             raise
-        _complain(f"Unexpected {type(error).__name__}: {error}. Set TEMPER_DEBUG=1 to see where.")
+        _complain(_unexpected(error))
         sys.exit(1)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error that is not ours."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "The memory is used up. Use a smaller system, fewer batch_tokens, or --precision bf16."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk is full ({error.filename or 'an output'}). Free some space, then run the same command again."
+    return f"Unexpected {type(error).__name__}: {error}. Set TEMPER_DEBUG=1 to see where."
 
 
 def _complain(text: str) -> None:
@@ -64,12 +82,19 @@ def _dispatch(arguments: list[str]) -> None:
 
         print(f"temper {version()}")
         return
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     import typer
 
     # A box of colours is for people; a pipe or a file gets plain lines.
     rich: Literal["rich"] | None = "rich" if sys.stdout.isatty() and sys.stderr.isatty() else None
     app = typer.Typer(
-        name="temper", help=TOP, no_args_is_help=True, rich_markup_mode=rich, pretty_exceptions_enable=False
+        name="temper",
+        help=TOP,
+        no_args_is_help=True,
+        rich_markup_mode=rich,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_top)
     wanted = [arguments[0]] if arguments[:1] and arguments[0] in COMMANDS else []

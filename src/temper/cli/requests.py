@@ -66,7 +66,7 @@ def build_request(
         data=parse_parts(data),
         sets=tuple(sets or ()),
         seeds=_seeds(seeds),
-        arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()) if arms else (),
+        arms=_arms(arms),
         out=out,
         options={key: value for key, value in options.items() if value is not None},
     )
@@ -89,11 +89,20 @@ def parse_parts(data: list[str] | None) -> str | dict[str, str] | None:
     return parts
 
 
-def _seeds(text: str | None) -> tuple[int, ...]:
-    if not text:
+def _arms(text: str | None) -> tuple[str, ...]:
+    if text is None:
         return ()
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
+    arms = tuple(arm.strip() for arm in text.split(","))
+    if not all(arms):
+        raise ConfigError(f"--arms {text!r} is not a list of names", cure="Write e.g. --arms a,b.")
+    return arms
+
+
+def _seeds(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
         raise ConfigError(
             f"--seeds {text!r} is not a list of whole numbers", cure="Write e.g. --seeds 0,1,2."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -50,13 +51,18 @@ def build(cls: type[C], layers: Sequence[tuple[str, Mapping[str, Any]]] = ()) ->
 def cast(raw: Any, hint: Any, where: str) -> Any:
     """`raw` as `hint`; "1e-5" is a number where a number is wanted. Raises ConfigError."""
     adapter, error_type = _adapter(hint)
+    if isinstance(raw, bool) and hint in (int, float):
+        raise ConfigError(f"{raw!r} is not a number", where=where, cure=f"Expected {_plain(hint)}.")
     try:
-        return adapter.validate_python(raw)
+        value = adapter.validate_python(raw)
     except error_type as error:
         first = error.errors()[0]  # type: ignore[attr-defined]
         raise ConfigError(
             f"{raw!r} is not a valid value: {first['msg']}", where=where, cure=f"Expected {_plain(hint)}."
         ) from None
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError("The value is not a number (nan)", where=where, cure=f"Expected {_plain(hint)}.")
+    return value
 
 
 @cache
@@ -85,7 +91,8 @@ def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             out[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {pair!r} cannot be read: {error}", cure="Quote the value.") from None
+            problem = getattr(error, "problem", None) or "it is no plain value"
+            raise ConfigError(f"--set {pair!r} cannot be read: {problem}", cure="Quote the value.") from None
     return out
 
 
@@ -107,7 +114,9 @@ def describe(cls: type) -> list[FieldHelp]:
     """Every field of a config with its type, default and the docstring under it."""
     docs = _field_docs(cls)
     return [
-        FieldHelp(f.name, f.type if isinstance(f.type, str) else _plain(f.type), _default(f), docs.get(f.name, ""))
+        FieldHelp(
+            f.name, f.type if isinstance(f.type, str) else _plain(f.type), _default(f), docs.get(f.name, "")
+        )
         for f in dataclasses.fields(cls)
     ]
 

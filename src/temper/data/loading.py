@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -170,7 +171,8 @@ def _hub(spec: DataSpec) -> dict[str, Rows]:
         ) from None
     config, split = _hub_fields(spec)
     try:
-        loaded = datasets.load_dataset(spec.name, config, split=split)
+        with _quiet_retries():
+            loaded = datasets.load_dataset(spec.name, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"The hub did not give it: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
@@ -180,6 +182,18 @@ def _hub(spec: DataSpec) -> dict[str, Rows]:
     if split:
         return {split.partition("[")[0]: rows_of(iter(loaded), str(spec))}
     return {str(name): rows_of(iter(rows), f"{spec}:{name}") for name, rows in loaded.items()}
+
+
+@contextmanager
+def _quiet_retries() -> Iterator[None]:
+    """Without the client's line for each try; what failed in the end is told once."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 def _hub_fields(spec: DataSpec) -> tuple[str | None, str | None]:

@@ -52,7 +52,9 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
     except UnicodeDecodeError as error:
         raise DataError(f"The file is not UTF-8: {error.reason} at byte {error.start}", where=str(path),
                         cure="Save it as UTF-8.") from None  # fmt: skip
-    except (FileNotFoundError, IsADirectoryError):
+    except IsADirectoryError:
+        raise DataError("This is a folder, not a file", where=str(path), cure="Name a file in it.") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("There is no such file", where=str(path), cure="Check the path.") from None
     except PermissionError:
         raise DataError("The file may not be read", where=str(path), cure="Check its permissions.") from None

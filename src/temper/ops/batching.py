@@ -70,6 +70,12 @@ def encode(
     apply; replies they add (demonstrations) are not scored. `control` names special tokens that replies may hold
     as such. Raises DataError, naming the row, when no token is scored; `where` names it if the record has no id.
     """
+    if not isinstance(record, (Text, Dialogue, ToolCalls, tuple)):
+        raise DataError(
+            f"A {type(record).__name__} holds no text that is trained on",
+            where=where or f"row {getattr(record, 'id', '') or '(without id)'}",
+            cure="Give dialogues, tool calls or plain texts.",
+        )
     if isinstance(record, Text):
         ids, scored = _plain_text(system, record.text)
     else:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from temper.core.errors import ConfigError
 from temper.ops.optim import Schedule
 
 __all__ = ["TrainLog", "TrainSettings"]
+
+RECIPE = "Change it in the recipe or with --set."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,12 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("lr", "num_epochs", "batch_rows", "log_every"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}", cure=RECIPE)
+        for name in ("max_steps", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}", cure=RECIPE)
         if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio must be in [0, 1], not {self.warmup_ratio}")
+            raise ConfigError(f"warmup_ratio must be in [0, 1], not {self.warmup_ratio}", cure=RECIPE)
 
 
 @dataclass

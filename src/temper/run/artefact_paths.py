@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from temper.artefacts.manifest import MANIFEST, read_manifest
 from temper.core.errors import ConfigError, nearest
 from temper.core.types import Json
 from temper.store.folders import file_sha256
 
 __all__ = ["artefact_digest", "base_identity", "locate"]
-
-MANIFEST = "artefact.json"
 
 
 def locate(name: str, out: Path = Path("runs")) -> Path:
@@ -56,7 +55,8 @@ def _only(found: Sequence[Path], root: Path) -> Path | None:
 
 
 def artefact_digest(folder: Path) -> str:
-    """Hash of an artefact's manifest, which holds the hash of each of its files."""
+    """Hash of an artefact's manifest, which holds the hash of each of its files; StoreError if it is damaged."""
+    read_manifest(folder)
     return file_sha256(folder / MANIFEST)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from temper.core.errors import ConfigError, nearest
@@ -17,6 +18,9 @@ from temper.run.recipe import BASE, DataRef, Pipeline, Step, with_arm
 from temper.run.settings import Sets, step_config
 
 __all__ = ["CellSpec", "StepSpec", "expand"]
+
+MAX_SEED = 2**32 - 1
+"""NumPy's generators take no larger one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,10 @@ def expand(
     seed_axis = list(seeds) or list(pipeline.matrix.get("seed", (0,)))
     if len(set(seed_axis)) != len(seed_axis):
         raise ConfigError("A seed stands twice", where=pipeline.where, cure="Name each seed once.")
+    if large := [seed for seed in seed_axis if seed > MAX_SEED]:
+        raise ConfigError(
+            f"Seed {large[0]} is above {MAX_SEED}", where=pipeline.where, cure="Choose a smaller one."
+        )
     return [
         _cell(pipeline, arm, changes, seed, dict(zip(axes, values, strict=True)), sets)
         for values in itertools.product(*axes.values())
@@ -119,6 +127,7 @@ def _resolve(
 ) -> StepSpec:
     place = f"{where}: {step.id}"
     system = _system(step.system or BASE, pipeline.system, earlier, place, required=step.system is not None)
+    _check_order(system, pipeline, earlier, place)
     data = _data(step, pipeline, place)
     reads = data_steps(data)
     for name in reads:
@@ -172,6 +181,20 @@ def _system(
     for ref in spec.artefacts:
         _check_ref(ref, earlier, place)
     return spec
+
+
+def _check_order(
+    system: SystemSpec | None, pipeline: Pipeline, earlier: Mapping[str, Step], place: str
+) -> None:
+    """Raise ConfigError for an artefact that is a step of the recipe but does not come before this one."""
+    late = {step.id for step in pipeline.steps} - set(earlier)
+    for ref in system.artefacts if system else ():
+        if ref.name in late and not Path(ref.name).exists():
+            raise ConfigError(
+                f"Step {ref.name!r} does not come before this one",
+                where=place,
+                cure="Put it earlier; a step cannot use itself, a later one, or one that the arm leaves out.",
+            )
 
 
 def _check_ref(ref: ArtefactRef, earlier: Mapping[str, Step], place: str) -> None:

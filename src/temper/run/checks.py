@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.core.card import Card, Verb
 from temper.core.errors import ConfigError, DataError, NeedsError, nearest
+from temper.systems.names import check_base
 
 if TYPE_CHECKING:
     from temper.data.schemas import Data
@@ -43,7 +44,8 @@ def wants_system(card: Card) -> bool:
 
 
 def check_kind(slug: str, card: Card, base: str) -> None:
-    """Raise NeedsError, before weights load, for a kind of system the method cannot use."""
+    """Raise, before weights load, for a name no base can have or a kind of system the method cannot use."""
+    check_base(base)
     kind = kind_of(base)
     lacking = sorted(card.needs - REMOTE_CAPABILITIES) if kind == "Remote" else []
     # A name says for sure only that it is an endpoint; local kinds are known once loaded.

@@ -187,7 +187,7 @@ def check_cost(plan: Plan, costs: list[Cost]) -> None:
     disk, free_disk = sum(cost.disk_bytes for cost in costs), shutil.disk_usage(out).free
     if disk > free_disk:
         raise NeedsError(
-            f"The run needs about {disk / 1e9:.2f} GB of disk and {free_disk / 1e9:.2f} GB are free",
+            f"The run needs about {disk / 1e6:.0f} MB of disk and {free_disk / 1e6:.0f} MB are free",
             where=str(out),
             cure="Free some space or choose another folder with --out.",
         )

@@ -88,7 +88,7 @@ def execute(
         worker = Worker(
             folder=folder, out=Path(plan.request.out), options=plan.options, ticker=ticker, say=say
         )
-        with _status(folder):
+        with _status(folder), _nothing_left(folder, fresh):
             outcomes = (runner or run_cells)(plan, worker)
             num_rows = _Emitter(folder).emit_all(plan)
         return RunResult(folder=folder, plan=plan, outcomes=outcomes, num_rows=num_rows)
@@ -189,6 +189,17 @@ def _step_record(step: PlannedStep) -> dict[str, Json]:
 
 
 @contextmanager
+def _nothing_left(folder: RunFolder, fresh: bool) -> Iterator[None]:
+    """Take a new run away again when it turns out to be a bad request before any step has something to keep."""
+    try:
+        yield
+    except TemperError as error:
+        if fresh and error.exit_code == 2 and not folder.holds_work():
+            folder.remove()
+        raise
+
+
+@contextmanager
 def _status(folder: RunFolder) -> Iterator[None]:
     """Keep `status` of run.json true: running, then done, interrupted or failed with its error."""
     folder.update(status="running", error=None)
@@ -205,6 +216,8 @@ def _status(folder: RunFolder) -> Iterator[None]:
 
 
 def _note_failure(folder: RunFolder, error: Exception) -> None:
+    if not folder.path.exists():
+        return
     try:
         folder.update(status="failed", error=f"{type(error).__name__}: {error}")
         folder.log(f"failed: {error}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from temper.core.card import Card, Verb
-from temper.core.errors import ConfigError, DataError
+from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.spec import parse_data
 from temper.run.checks import check_parts
 from temper.run.recipe import DataRef
@@ -15,12 +15,24 @@ from temper.run.recipe import DataRef
 if TYPE_CHECKING:
     from temper.data.schemas import Data
 
-__all__ = ["data_steps", "load_inputs", "no_data", "wanted_parts"]
+__all__ = ["check_part_names", "data_steps", "load_inputs", "no_data", "wanted_parts"]
 
 
 def wanted_parts(card: Card, verb: Verb) -> Mapping[str, str]:
     """Part -> schema of what a verb takes; a name ending in "?" may be missing."""
     return card.data.get(verb, {})
+
+
+def check_part_names(ref: DataRef, readers: Iterable[tuple[str, Card, Verb]]) -> None:
+    """Raise ConfigError for a part named in `ref` that none of those who read it wants: most likely a slip."""
+    if not isinstance(ref, Mapping):
+        return
+    readers = list(readers)
+    known = {part.removesuffix("?") for _, card, verb in readers for part in wanted_parts(card, verb)}
+    for part in ref:
+        if known and part not in known:
+            who = " or ".join(dict.fromkeys(f"{verb} {slug!r}" for slug, _, verb in readers))
+            raise ConfigError(f"No part {part!r} is read by {who}", cure=nearest(part, known))
 
 
 def data_steps(ref: DataRef) -> list[str]:

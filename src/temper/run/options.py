@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,10 @@ def _device(name: str) -> str:
     if name == "auto":
         # torch costs a second to import; without a driver's device file there is nothing to ask it.
         return "cuda" if Path("/dev/nvidiactl").exists() and _has_cuda() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
+        raise ConfigError(f"Device {name!r} is unknown", cure="Use cpu, cuda, cuda:N or mps.")
     if name.startswith("cuda") and not _has_cuda():
         raise NeedsError(f"Device {name!r} is not there", cure="Use --device cpu, or a CUDA build of torch.")
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"Device {name!r} is unknown", cure="Use cpu, cuda, cuda:N or mps.")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from temper.run.artefact_paths import artefact_digest, base_identity, locate
 from temper.run.cells import CellSpec, StepSpec, expand
 from temper.run.checks import check_extras, check_kind, check_verb, wants_system
 from temper.run.code import code_hash
-from temper.run.inputs import load_inputs, wanted_parts
+from temper.run.inputs import check_part_names, load_inputs, wanted_parts
 from temper.run.options import Options, resolve_options
 from temper.run.recipe import DataRef, Pipeline, load_recipe, method_defaults
 from temper.run.settings import split_sets
@@ -125,10 +125,9 @@ def make_plan(request: Request) -> Plan:
     options = resolve_options(pipeline.options, request.options)
     sets = split_sets(request.sets, pipeline)
     loads: dict[str, Data] = {}
-    cells = [
-        _plan_cell(cell, options, Path(request.out), loads)
-        for cell in expand(pipeline, sets, seeds=request.seeds, arms=request.arms)
-    ]
+    expanded = expand(pipeline, sets, seeds=request.seeds, arms=request.arms)
+    _check_part_names(expanded)
+    cells = [_plan_cell(cell, options, Path(request.out), loads) for cell in expanded]
     return Plan(request=request, pipeline=pipeline, cells=tuple(cells), options=options)
 
 
@@ -150,6 +149,14 @@ def _pipeline(request: Request) -> Pipeline:
     if request.data is not None:
         changes["data"] = request.data
     return replace(pipeline, **changes)
+
+
+def _check_part_names(cells: Sequence[CellSpec]) -> None:
+    """Each named part is wanted by a step that reads it; a recipe's data serves several."""
+    steps = [spec.step for cell in cells for spec in cell.steps]
+    for ref in {canonical(_ref(step.data)): step.data for step in steps}.values():
+        same = [step for step in steps if step.data == ref]
+        check_part_names(ref, [(step.method, load_card(step.method), step.verb) for step in same])
 
 
 def _plan_cell(cell: CellSpec, options: Options, out: Path, loads: dict[str, Data]) -> Cell:

@@ -1,7 +1,7 @@
 """The four verbs from Python, with the same checks as from a recipe.
 
 artefact = fit("npo", "smollm2-135m", {"forget": "forget.jsonl", "retain": "retain.jsonl"}, beta=0.2)
-rows = list(measure("sorry-bench", "smollm2-135m", "builtin:behaviours"))
+rows = list(measure("sorry-bench", "smollm2-135m", "builtin:policy-mini"))
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from temper.core.errors import ConfigError, ModelError
 from temper.core.registry import load_card, load_verb
 from temper.core.types import Attempt, Row, Run
 from temper.run.checks import check_extras, check_kind, check_parts, check_system, check_verb, wants_system
-from temper.run.inputs import load_inputs, wanted_parts
+from temper.run.inputs import check_part_names, load_inputs, wanted_parts
 from temper.run.options import Options
 from temper.run.recipe import DataRef
 from temper.run.resolve import open_system
@@ -146,6 +146,7 @@ def _data(slug: str, card: Card, verb: Verb, data: Any) -> Data:
 
     wanted = wanted_parts(card, verb)
     if data is None or isinstance(data, str) or (isinstance(data, Mapping) and _all_text(data)):
+        check_part_names(data, [(slug, card, verb)])
         return load_inputs(slug, card, verb, data, {})
     if not isinstance(data, Data):
         required = [part.removesuffix("?") for part in wanted] or [Data.default_part]

@@ -23,6 +23,8 @@ CURES = {
     errno.EACCES: "No permission: choose another folder with --out, or change its mode.",
     errno.EPERM: "No permission: choose another folder with --out, or change its mode.",
     errno.ENOENT: "Check the path.",
+    errno.EEXIST: "A file has this name: choose another folder.",
+    errno.EFBIG: "The file would grow larger than allowed: raise the limit (ulimit -f).",
     errno.ENOTDIR: "A part of the path is a file: choose another folder.",
 }
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +56,8 @@ class RunFolder:
         """An existing run; raises ConfigError when the folder is not a run."""
         if not (path / "run.json").exists():
             raise ConfigError(
-                f"{str(path)!r} is not a run folder", cure="It has no run.json. See `temper report --help`."
+                f"{str(path)!r} is not a run folder",
+                cure="It has no run.json. Give a run's folder, or its id and --out; `temper index` lists them.",
             )
         return cls(path)
 
@@ -97,6 +98,17 @@ class RunFolder:
         """Its step folders, sorted by name."""
         found = (self.path / "steps").glob("*/")
         return [StepFolder(path) for path in sorted(found)]
+
+    def holds_work(self) -> bool:
+        """Whether a step is finished or has a checkpoint."""
+        return any(step.is_done() or (step.path / "checkpoint").is_dir() for step in self.steps())
+
+    def remove(self) -> None:
+        """Delete the run, and the folder of runs if it was the only one; raises StoreError."""
+        with disk_errors("remove the run", self.path):
+            shutil.rmtree(self.path)
+        with suppress(OSError):
+            self.path.parent.rmdir()
 
     def log(self, text: str) -> None:
         """Append a line with the time to `log.txt`."""

@@ -128,8 +128,10 @@ class LineWriter:
     def close(self) -> None:
         """Flush to the disk and close."""
         with disk_errors("close", self.path):
-            os.fsync(self._handle)
-            os.close(self._handle)
+            try:
+                os.fsync(self._handle)
+            finally:
+                os.close(self._handle)
 
     def __enter__(self) -> LineWriter:
         return self

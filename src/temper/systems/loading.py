@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,13 @@ from temper.core.errors import ConfigError, DataError, ModelError, NeedsError, n
 from temper.systems.base import System
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
-from temper.systems.tiny import ARCHITECTURES, build_tiny
+from temper.systems.names import ASSETS, FORMS, check_base, check_folder, known_bases
+from temper.systems.tiny import build_tiny
 
 __all__ = ["ASSETS", "available_bytes", "known_bases", "load_base", "parse_dtype"]
 
 logger = logging.getLogger(__name__)
 
-ASSETS = ("smollm2-135m",)
-"""Language models that `temper fetch` brings from the package index."""
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -35,8 +34,6 @@ DTYPES = {
     "fp16": torch.float16,
     "float64": torch.float64,
 }
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FORMS = 'Names look like "smollm2-135m", "tiny:llama", "./folder", "owner/name" (a hub) or "openai:MODEL".'
 HEADROOM = 1.15
 """Memory needed over the bare weights while loading and for a first forward pass."""
 
@@ -74,6 +71,7 @@ def load_base(
     tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is not a causal
     LM or has no safetensors, NeedsError when memory, device or network are missing.
     """
+    check_base(name)
     if name.startswith("openai:"):
         from temper.systems.remote import Remote
 
@@ -93,11 +91,6 @@ def load_base(
     _check_sizes(model, tokenizer, name)
     _check_end_of_turn(chat)
     return CausalLM(model, tokenizer, chat, wanted.device, spec=name)
-
-
-def known_bases() -> list[str]:
-    """Every base that has a short name."""
-    return [*ASSETS, *(f"tiny:{name}" for name in ARCHITECTURES)]
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -121,8 +114,6 @@ def available_bytes(device: torch.device) -> int | None:
 
 def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:
     _, architecture, *rest = name.split(":")
-    if len(rest) > 1 or not all(part.isdigit() for part in rest):
-        raise ConfigError(f"{name!r} is not a tiny model", cure="Write tiny:ARCH or tiny:ARCH:SEED.")
     model, tokenizer = build_tiny(architecture, *(int(part) for part in rest))
     if wanted.attention != "sdpa":
         model.set_attn_implementation(wanted.attention)
@@ -135,25 +126,17 @@ def _load_named(name: str, wanted: _Wanted) -> tuple[Any, Any]:
 
         return _load_source(str(assets.fetch(name)), name, wanted)
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _load_source(str(folder), name, wanted)
-    if name.startswith((".", "/", "~")):
-        raise ConfigError(f"There is no folder {name!r}", cure=FORMS)
-    if not HUB_NAME.fullmatch(name):
-        raise ConfigError(
-            f"There is no base model {name!r}", cure=f"{nearest(name, known_bases())} {FORMS}".strip()
-        )
-    return _load_source(name, name, wanted)
+    return _load_source(str(folder) if folder.is_dir() else name, name, wanted)
 
 
 def _load_source(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
     """Model and tokenizer from a folder or a hub name, after what can be checked cheaply."""
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
-        _check_folder(folder, name)
+        check_folder(folder, name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _bars_as_due(is_download=folder is None), _explained_errors(name):
         config = _load_config(source, name, wanted)
         _check_memory(_count_weights(config, folder, wanted), name, wanted)
         tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
@@ -165,24 +148,34 @@ def _load_source(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
             use_safetensors=True,
             **wanted.common(),
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _explained(error, name) from error
     placed: Any = model
     return placed.to(wanted.device).eval(), tokenizer
 
 
-def _check_folder(folder: Path, name: str) -> None:
-    if not (folder / "config.json").is_file():
-        cure = "Give the folder that save_pretrained wrote."
-        if (folder / "artefact.json").is_file():
-            cure = "This is an artefact: apply it to a base as BASE+FOLDER."
-        raise ModelError("The folder has no config.json", where=name, cure=cure)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            "The folder holds no safetensors weights",
-            where=name,
-            cure="Convert them: load with transformers where you trust them, then save_pretrained.",
-        )
+@contextlib.contextmanager
+def _bars_as_due(is_download: bool) -> Iterator[None]:
+    """Leave transformers' progress bars to downloads on a terminal; it draws them elsewhere too. The setting comes back."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from transformers.utils import logging as their_logging
+
+    is_seen = is_download and sys.stderr.isatty()
+    # A user who set the hub's variable has decided; switching would only warn.
+    if is_seen or HF_HUB_DISABLE_PROGRESS_BARS is not None or not their_logging.is_progress_bar_enabled():
+        yield
+        return
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explained(error, name) from error
 
 
 def _load_config(source: str, name: str, wanted: _Wanted) -> Any:
