@@ -4,7 +4,15 @@ import torch
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Run
 from temper.ops.generate import Sampling, generate
-from temper.ops.hooks import attention_bias, attention_weights, capture, current_rows, edit, site_names
+from temper.ops.hooks import (
+    attention_bias,
+    attention_weights,
+    capture,
+    current_rows,
+    edit,
+    is_hooked,
+    site_names,
+)
 
 KINDS = ["llama", "gpt2", "qwen2", "gemma", "gemma2", "mistral-wide", "neox"]
 IDS = torch.tensor([[9, 40, 77, 130, 201, 8], [31, 32, 33, 34, 35, 36]])
@@ -306,3 +314,16 @@ def test_a_provider_outside_the_engine_is_told_the_rows(lively):
     assert (seen[0].start_B, seen[0].length_B, seen[0].key_len) == ([0, 0], [4, 6], 6)
     assert (seen[1].start_B, seen[1].length_B, seen[1].key_len) == ([4, 6], [1, 1], 7)
     assert seen[1].prompt_ids_B == seen[0].prompt_ids_B
+
+
+def test_the_hooks_that_transformers_leaves_behind_do_not_count(lively):
+    system = lively("llama")
+    assert not is_hooked(system.model)
+    system.probe()
+    assert any(module._forward_hooks for module in system.model.modules()), "else this test shows nothing"
+    assert not is_hooked(system.model)
+    with edit(system.model, {"layers.0.output": lambda hidden: None}):
+        assert is_hooked(system.model)
+    handle = system.model.register_forward_pre_hook(lambda module, args: None)
+    assert is_hooked(system.model)
+    handle.remove()

@@ -19,6 +19,7 @@ from temper.core.errors import ConfigError, DataError, NeedsError
 from temper.core.types import Message, Run
 from temper.ops.decode_backends import Backend, PromptRow, RowBackend, SlotBackend, slots_work
 from temper.ops.decoding import RowState, Stops, decode, prefill_groups
+from temper.ops.hooks import is_hooked
 from temper.ops.packed_linear import packed_linears
 from temper.ops.precision import autocast
 from temper.systems.base import Reply, Sampling, StepRule, System
@@ -161,13 +162,8 @@ def _backend(
     """The backend, the number of prompt tokens it shares among rows, and how many rows it takes at once."""
     if run.exact or engine == "rows" or not slots_work(system.model, system.device, longest):
         return RowBackend(system.model, system.device), 0, 1
-    prefix = [] if _hooked(system.model) else _shared_prefix(rows)
+    prefix = [] if is_hooked(system.model) else _shared_prefix(rows)
     return SlotBackend(system.model, system.device, width, prefix), len(prefix), width
-
-
-def _hooked(model: nn.Module) -> bool:
-    """Whether anybody looks into the forward pass; then what a prefix does may depend on what follows."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _shared_prefix(rows: list[PromptRow]) -> list[int]:

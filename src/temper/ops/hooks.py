@@ -31,6 +31,7 @@ __all__ = [
     "capture",
     "current_rows",
     "edit",
+    "is_hooked",
     "resolve_site",
     "site_names",
 ]
@@ -39,6 +40,19 @@ Edit = Callable[[Tensor], Tensor | None]
 """Hidden states in, hidden states out; None leaves them as they are."""
 
 Positions = None | Literal["last"] | int | Sequence[int] | Tensor
+
+
+TRANSFORMERS_OWN = "transformers.utils.output_capturing"
+"""Hooks that transformers leaves behind once hidden states or attentions were asked for; idle until asked again."""
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anybody looks into the forward pass; then what a prefix does may depend on what follows it."""
+    return any(
+        hook.__module__ != TRANSFORMERS_OWN
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 class Site(NamedTuple):

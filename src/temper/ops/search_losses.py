@@ -25,6 +25,7 @@ from torch import Tensor
 
 from temper.core.errors import NeedsError
 from temper.core.types import Run
+from temper.ops.hooks import is_hooked
 from temper.ops.precision import autocast, eval_mode
 from temper.ops.prefix_cache import PrefixCache
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, selected_logits, wanted_hidden
@@ -101,7 +102,7 @@ class SlotScorer:
         """Whether keys and values are kept; not for models where that was seen to change the losses, nor where a hook
         looks into the forward pass, for what it does may depend on the whole text.
         """
-        return self._reuse and not _hooked(self.model)
+        return self._reuse and not is_hooked(self.model)
 
     def gradient(self, ids_N: Sequence[int]) -> Tensor:
         """dL/dO for the slot's one-hot rows O, (N, V), float32."""
@@ -321,10 +322,6 @@ def _in_order(parts: Sequence[Scores], order_K: Tensor) -> Scores:
     loss_K, hit_K = torch.cat([part.loss_K for part in parts]), torch.cat([part.hit_K for part in parts])
     place_K = order_K.argsort()
     return Scores(loss_K[place_K], hit_K[place_K])
-
-
-def _hooked(model: Any) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _tolerance(dtype: torch.dtype, run: Run) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from temper.core.errors import NeedsError
 from temper.core.types import Run
 from temper.ops.decode_backends import PromptRow
+from temper.ops.hooks import is_hooked
 from temper.systems.base import Reply, Sampling, StepRule
 from temper.systems.causal_lm import CausalLM
 
@@ -31,7 +32,7 @@ def generate_vllm(
     path = system.model.config._name_or_path
     refused = {
         "step rules": bool(rules),
-        "hooks": any(m._forward_hooks or m._forward_pre_hooks for m in system.model.modules()),
+        "hooks": is_hooked(system.model),
         "adapters or changed weights": hasattr(system.model, "peft_config") or "+" in system.spec,
         "exact mode": run.exact,
         "a model without a place on disk or a hub": not path,
