@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,17 @@ class Stage:
 
 @cache
 def stages(slug: str) -> tuple[Stage, ...]:
-    """The steps of a method's tiny recipe; fits before them are run once, for their artefacts."""
+    """The steps of a method's tiny recipe; what earlier steps leave or make is made once."""
     plan = make_plan(Request(source=slug, recipe="tiny"))
     ready: list[Stage] = []
     made: dict[str, Any] = {}
     for step in plan.cells[0].steps:
+        if step.loaded is None and isinstance(step.data, str) and step.data in made:
+            step = replace(step, loaded=made[step.data])
         names = [ref.name for ref in step.system.artefacts] if step.system else []
         stage = Stage(step, tuple(made[name] for name in names if name in made), plan.options.system_prompt)
         ready.append(stage)
-        if step.verb == "fit":
+        if step.verb in ("fit", "make"):
             made[step.id] = stage.call()
     return tuple(ready)
 
