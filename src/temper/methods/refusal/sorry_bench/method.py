@@ -26,7 +26,7 @@ from temper.ops.generate import generate
 from temper.ops.text import MUTATIONS, mutate
 from temper.systems.base import Sampling, System
 
-__all__ = ["make", "measure", "reworded"]
+__all__ = ["answered", "facts_of", "make", "measure", "reworded", "write_examples", "write_responses"]
 
 
 def measure(system: System, data: Data, config: Config, run: Run) -> Iterator[Row]:
