@@ -86,6 +86,10 @@ class Tuning(ABC):
         """`parameters` by name."""
         return {name: p for name, p in self.system.model.named_parameters() if p.requires_grad}
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """Those of `parameters` that are vocabulary rows alone; none in mode "full", where the matrix is trained."""
+        return []
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[Any]:
         """The system as it was when training began, new rows included, without gradient.
@@ -149,6 +153,10 @@ class _LoraTuning(Tuning):
         trained = {id(p) for p in self.rows.values()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in trained or ".lora_" in name)
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The rows of new and reused ids; a tied row once."""
+        return list({id(row): row for row in self.rows.values()}.values())
 
     def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
         ups = [p for name, p in self.named_parameters().items() if ".lora_B." in name]

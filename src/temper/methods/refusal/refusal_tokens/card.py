@@ -44,6 +44,8 @@ Departures    1. Loss on assistant turns only. The authors' recipe trains on eve
               6. Control strings in user text become ordinary tokens; they can never become control ids.
               7. Every assistant turn of a dialogue opens with a token; turns before the labelled last one with [respond].
               8. A refusal at exactly the threshold is a refusal (>=), as in the script; ties of c* go to the first category.
+              9. Under LoRA the control rows may have a learning rate of their own: a row of norm 3 moves by at most the
+                 learning rate an entry and step, too little in some hundred steps. The paper trains all weights at one rate.
 
 Limits        Thresholds belong to one template and system prompt: their file holds the template's hash and another one is
               refused; recalibrate with a `fit` that is given calibration rows and no train rows. Below 30 rows a category
@@ -79,6 +81,8 @@ class Config:
     """LoRA rank; unused in full mode."""
     lr: float = 2e-5
     """Peak learning rate (the recipe the authors name)."""
+    token_lr: float = 0.0
+    """Learning rate of the control rows under LoRA; 0 = `lr`. Few steps need more (Departure 9)."""
     num_epochs: int = 1
     """Passes over the training rows."""
     batch_rows: int = 128

@@ -11,6 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from temper.artefacts import Artefact, Decoder, Stack, Tune, tuning
 from temper.core.errors import DataError, ModelError
 from temper.core.types import Row, Run
@@ -19,6 +22,7 @@ from temper.methods.refusal.refusal_tokens import calibration, scoring
 from temper.methods.refusal.refusal_tokens.card import REFUSE, RESPOND, Config
 from temper.methods.refusal.refusal_tokens.gate import Controls, RefusalGate
 from temper.ops.batching import Example
+from temper.ops.optim import BuildOptimizer
 from temper.ops.train import SftObjective, TrainSettings, train
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Rendered
@@ -132,6 +136,7 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
             _train_settings(config),
             run,
             length=lambda example: len(example.ids),
+            build_optimizer=_optimizer(tuned.row_parameters(), config),
         )
         weights = tuned.finish(SLUG)
         if controls is None:
@@ -270,6 +275,20 @@ def encode(system: CausalLM, record: Dialogue, controls: Controls | None, config
             cure="Raise max_tokens, or shorten or drop the row.",
         )
     return example
+
+
+def _optimizer(rows: Sequence[nn.Parameter], config: Config) -> BuildOptimizer | None:
+    """AdamW with a learning rate of their own for the control rows (Departure 9), or None for the usual one."""
+    if not config.token_lr or not rows:
+        return None
+    own = {id(row) for row in rows}
+
+    def build(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        others = [parameter for parameter in parameters if id(parameter) not in own]
+        groups = [{"params": others, "lr": config.lr}, {"params": list(rows), "lr": config.token_lr}]
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+    return build
 
 
 def _train_settings(config: Config) -> TrainSettings:

@@ -415,3 +415,18 @@ def test_hand_set_thresholds_name_known_categories(tiny) -> None:
 def test_an_answer_opens_with_the_respond_token() -> None:
     assert gate(NAMES).reply_prefix_ids() == [5]
     assert isinstance(gate(NAMES), PrefixesReply)
+
+
+def test_departure_9_rows_have_their_own_learning_rate(tiny) -> None:
+    both = Data({"train": rows("a", 8) + rows(None, 8)})
+    moved = {}
+    for token_lr in (0.0, 0.3):
+        config = Config(
+            mode="lora", rank=2, lr=1e-3, batch_rows=16, tokens="single", token_lr=token_lr, warmup_ratio=0
+        )
+        adapter = fit(tiny, both, config, Run()).members[0]
+        start = adapter.vocabulary.start["embeddings"]
+        trained = next(value for key, value in adapter.tensors.items() if "embed" in key)
+        moved[token_lr] = float((trained - start).abs().max())
+    assert moved[0.0] == pytest.approx(1e-3, rel=0.05), "Adam's first step is the learning rate an entry"
+    assert moved[0.3] == pytest.approx(0.3, rel=0.05)
