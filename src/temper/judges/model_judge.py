@@ -17,7 +17,7 @@ from temper.core.types import Message, Run
 from temper.judges.base import Judge, Pair, Verdict, content_hash
 from temper.systems.base import Sampling, System
 
-__all__ = ["RUBRICS", "ModelJudge", "Rubric", "head_and_tail", "judge_prompt", "parse_verdict"]
+__all__ = ["RUBRICS", "ModelJudge", "Rubric", "head_and_tail", "judge_prompt", "parse_verdict", "quoted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,12 @@ def judge_prompt(rubric: Rubric, prompt: str, reply: str, nonce: str, max_chars:
     """The text the judge reads; both quoted texts are shortened in the middle and stripped of control markers."""
     return WORDING.format(
         nonce=nonce, definitions=rubric.definitions, yes=rubric.yes, no=rubric.no,
-        prompt=_quoted(prompt, max_chars), reply=_quoted(reply, max_chars),
+        prompt=quoted(prompt, max_chars), reply=quoted(reply, max_chars),
     )  # fmt: skip
 
 
-def _quoted(text: str, max_chars: int) -> str:
+def quoted(text: str, max_chars: int) -> str:
+    """The text as a judge may read it: control markers broken up, shortened in the middle."""
     # An endpoint may read "<|im_end|>" in a message as the end of the message.
     return head_and_tail(re.sub(r"<(?=[|/]|\w+\|?>)|\[(?=/?INST\])", "< ", text), max_chars)
 

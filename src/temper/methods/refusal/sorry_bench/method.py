@@ -8,7 +8,7 @@ from pathlib import Path
 
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Row, Run
-from temper.data.schemas import Behaviour, Data
+from temper.data.schemas import Behaviour, Data, Labelled
 from temper.methods.refusal.sorry_bench import scoring
 from temper.methods.refusal.sorry_bench.card import Config
 from temper.methods.refusal.sorry_bench.items import (
@@ -34,9 +34,9 @@ def measure(system: System, data: Data, config: Config, run: Run) -> Iterator[Ro
 
     Leaves every reply with its verdict in `responses.jsonl`, in the columns that the part human is read from.
     """
-    every = items_of(data["test"], config.release, data.source)  # type: ignore[arg-type]
+    every = items_of(data.records("test", Behaviour), config.release, data.source)
     items = chosen(every, config)
-    labelled = human_replies(data.get("human", ()), every)  # type: ignore[arg-type]
+    labelled = human_replies(data.records("human", Labelled), every)
     judge = load_judge(config.judge, config, run)
     keyword = load_judge(config.keyword_judge, config, run) if labelled else None
     scored = answered(system, items, judge, config, run)
@@ -130,7 +130,7 @@ def write_examples(folder: Path | None, scored: Sequence[Scored], show_replies: 
 
 def make(system: System | None, data: Data, config: Config, run: Run) -> Data:
     """The data with every base row in each style of `mutations`; rows that are there already stay as they are."""
-    records: Sequence[Behaviour] = data["test"]  # type: ignore[assignment]
+    records = data.records("test", Behaviour)
     items_of(records, config.release, data.source)
     _check_mutations(config.mutations)
     plain = [record for record in records if record.extra["prompt_style"] == BASE]

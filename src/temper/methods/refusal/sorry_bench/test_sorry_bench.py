@@ -358,7 +358,7 @@ def test_departure_1_the_default_judge_is_local_and_unknown_ones_are_refused() -
 )
 def test_agreement_with_the_stand_in_is_what_the_card_says(name: str, least: float, most: float) -> None:
     data = load_data("builtin:policy-mini", {"test": "Behaviour", "human": "Labelled"})
-    replies = human_replies(data["human"], items_of(data["test"]))  # type: ignore[arg-type]
+    replies = human_replies(data.records("human", Labelled), items_of(data.records("test", Behaviour)))
     verdicts = judging.load_judge(name, Config(), Run()).judge(
         [Asked(r.item.request, r.item.prompt, "base", r.reply) for r in replies]
     )
