@@ -47,6 +47,8 @@ Departures    1. One mask for the union of all user spans. The released hook add
               7. The reply's end-of-turn token is not among Y_m.
               8. The haystack is generated prose with invented needles; the paper's is a published text.
               9. beta may be "median", the middle of the scores at hand: the paper's 0.6 belongs to its seed model.
+             10. Without template the reply cannot end itself: bare text has no turn to end, and chat models asked so often
+                 write their end token at once, which says nothing of what they saw.
 
 Limits        Steering hurts reasoning over the context; keep alpha near 1. It needs eager or sdpa attention and a chat
               template; ids that no template wrote are not steered (a warning says so). A base without template has no
@@ -95,6 +97,8 @@ class Config:
     """Places of the needle from 0 (start) to 1 (end); 20 as in the paper."""
     num_needles: int = 1
     """Needles tried in every cell of the grid."""
+    num_distractors: int = 0
+    """Sentences of the needle's form about other places in every context; 0 = paper. They make small grids harder."""
     alphas: tuple[float, ...] = (0.95,)
     """Steering factors tried by the needle tests."""
     reply_tokens: int = 100
@@ -137,8 +141,9 @@ class Config:
         for name in ("reply_tokens", "share_tokens", "score_max_tokens", "num_conversations", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.share_items < 0:
-            raise ValueError(f"share_items must be 0 or more, not {self.share_items}")
+        for name in ("share_items", "num_distractors"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
 
 CARD = Card(

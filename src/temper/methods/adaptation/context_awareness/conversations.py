@@ -17,7 +17,7 @@ from typing import NamedTuple
 from temper.core.types import Json, Message
 from temper.data.schemas import Data, Dialogue
 
-__all__ = ["build_conversations"]
+__all__ = ["Fact", "build_conversations"]
 
 SYLLABLES = (
     "bar",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from temper.core.types import Message, Row, Run
+from temper.core.types import Json, Message, Row, Run
 from temper.methods.adaptation.context_awareness.card import Config
-from temper.methods.adaptation.context_awareness.prose import Needle, build_needles, sentence
+from temper.methods.adaptation.context_awareness.prose import (
+    Needle,
+    build_distractors,
+    build_needles,
+    sentence,
+)
 from temper.methods.adaptation.context_awareness.shares import (
     GROUPS,
     Answer,
@@ -29,7 +34,7 @@ from temper.ops.stats import mean_ci
 from temper.ops.text import keyword_recall
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["NeedleTest", "build_grid", "hide", "measure_needles"]
+__all__ = ["NeedleTest", "NoEnd", "build_grid", "hide", "measure_needles"]
 
 INSTRUCTION = "Read the text and answer the question about it."
 
@@ -63,7 +68,8 @@ def build_grid(system: CausalLM, config: Config, seed: int) -> list[NeedleTest]:
     tests = []
     for length in config.lengths:
         for number, needle in enumerate(build_needles(config.num_needles, seed)):
-            sentences = _prose(system, length, random.Random(f"prose-{seed}-{length}-{number}"))
+            draw = random.Random(f"prose-{seed}-{length}-{number}")
+            sentences = _prose(system, length, build_distractors(needle, config.num_distractors, draw), draw)
             for depth in config.depths:
                 context = hide(sentences, needle.text, depth)
                 text = f"{INSTRUCTION}\n\n{context}\n\nQuestion: {needle.question}\nAnswer:"
@@ -71,14 +77,36 @@ def build_grid(system: CausalLM, config: Config, seed: int) -> list[NeedleTest]:
     return tests
 
 
-def _prose(system: CausalLM, length: int, draw: random.Random) -> list[str]:
-    """Sentences of at least `length` tokens in all."""
-    sentences: list[str] = []
-    total = 0
+def _prose(system: CausalLM, length: int, distractors: Sequence[str], draw: random.Random) -> list[str]:
+    """Sentences of at least `length` tokens in all, the distractors among them."""
+    sentences = list(distractors)
+    total = sum(_size(system, text) for text in sentences)
     while total < length:
         sentences.append(sentence(draw))
-        total += len(system.chat.text_ids(" " + sentences[-1], begin=False))
+        total += _size(system, sentences[-1])
+    draw.shuffle(sentences)
     return sentences
+
+
+def _size(system: CausalLM, text: str) -> int:
+    return len(system.chat.text_ids(" " + text, begin=False))
+
+
+class NoEnd:
+    """A step rule that forbids the ids that end a turn: bare text has no turn to end (Departure 10)."""
+
+    name = "no-end"
+
+    def __init__(self, stop_ids: Iterable[int]) -> None:
+        self.stop_ids = sorted(stop_ids)
+
+    def start(self, prompt_ids: list[int]) -> dict[str, Json]:
+        """No state."""
+        return {}
+
+    def __call__(self, logits_BV: Tensor, position_B: list[int], states: list[dict[str, Json]]) -> Tensor:
+        """The logits without the end ids."""
+        return logits_BV.index_fill(1, torch.tensor(self.stop_ids, device=logits_BV.device), -torch.inf)
 
 
 def measure_needles(system: CausalLM, config: Config, run: Run) -> Iterator[Row]:
@@ -92,7 +120,8 @@ def measure_needles(system: CausalLM, config: Config, run: Run) -> Iterator[Row]
     for condition in _conditions(system, config):
         prompts = [_prompt(system, test, condition.template) for test in tests]
         with condition.entered():
-            replies = generate(system, prompts, sampling, run)
+            rules = () if condition.template else (NoEnd(system.stop_ids),)
+            replies = generate(system, prompts, sampling, run, rules=rules)
             chosen = (
                 range(0, len(tests), max(1, -(-len(tests) // config.share_items)))
                 if config.share_items

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-__all__ = ["Needle", "build_needles", "sentence"]
+__all__ = ["Needle", "build_distractors", "build_needles", "sentence"]
 
 PEOPLE = (
     "Anka",
@@ -101,9 +101,23 @@ def build_needles(count: int, seed: int) -> list[Needle]:
     draw = random.Random(f"needles-{seed}")
     found = []
     for number in range(count):
-        statement, question = SECRETS[number % len(SECRETS)]
-        place, words = draw.choice(PLACES), (draw.choice(ADJECTIVES), draw.choice(NOUNS))
-        found.append(
-            Needle(statement.format(place=place, thing=" ".join(words)), question.format(place=place), words)
-        )
+        secret = SECRETS[number % len(SECRETS)]
+        found.append(_needle(secret, draw.choice(PLACES), (draw.choice(ADJECTIVES), draw.choice(NOUNS))))
     return found
+
+
+def build_distractors(needle: Needle, count: int, draw: random.Random) -> list[str]:
+    """Sentences of the needle's form about other places and things; none holds a keyword of it."""
+    secret = next(
+        s for s in SECRETS if s[1].split("{place}")[0] == needle.question[: len(s[1].split("{place}")[0])]
+    )
+    places = [place for place in PLACES if place not in needle.text]
+    adjectives = [word for word in ADJECTIVES if word not in needle.keywords]
+    nouns = [word for word in NOUNS if word not in needle.keywords]
+    chosen = draw.sample(places, min(count, len(places)))
+    return [_needle(secret, place, (draw.choice(adjectives), draw.choice(nouns))).text for place in chosen]
+
+
+def _needle(secret: tuple[str, str], place: str, thing: tuple[str, str]) -> Needle:
+    statement, question = secret
+    return Needle(statement.format(place=place, thing=" ".join(thing)), question.format(place=place), thing)

@@ -458,6 +458,30 @@ def test_grid_has_every_cell_and_its_lengths(tiny: CausalLM) -> None:
         assert test.length <= len(tiny.chat.text_ids(bare)) < test.length + 60
 
 
+def test_distractors_are_of_the_needles_form_and_hold_none_of_its_words(tiny: CausalLM) -> None:
+    for number, needle in enumerate(prose.build_needles(8, 1)):
+        found = prose.build_distractors(needle, 5, random.Random(number))
+        assert len(set(found)) == 5
+        for text in found:
+            assert not set(words(text)) & set(needle.keywords)
+            assert text.split(" of ")[0] == needle.text.split(" of ")[0]
+            assert text != needle.text
+    (test,) = needles.build_grid(tiny, Config(lengths=(120,), depths=(0.5,), num_distractors=2), 0)
+    plain = needles.build_grid(tiny, Config(lengths=(120,), depths=(0.5,)), 0)[0]
+    form = test.needle.text.split(" of ")[0]
+    assert (test.text.count(form), plain.text.count(form)) == (3, 1)
+
+
+def test_departure_10_bare_text_cannot_end_its_reply(tiny: CausalLM) -> None:
+    rule = needles.NoEnd(tiny.stop_ids)
+    logits_BV = torch.zeros(2, 512)
+    out = rule(logits_BV, [0, 3], [{}, {}])
+    ended = sorted(tiny.stop_ids)
+    assert torch.isinf(out[:, ended]).all()
+    assert int(torch.isinf(out).sum()) == 2 * len(ended)
+    assert not torch.isinf(logits_BV).any()
+
+
 def test_recall_rows_by_hand(tiny: CausalLM) -> None:
     grid = needles.build_grid(tiny, Config(lengths=(40,), depths=(0, 1)), 0)
     rows = list(needles._recall_rows(grid, [1.0, 0.5], "template"))
