@@ -153,7 +153,7 @@ CARD = Card(
     config=Config,
     needs=frozenset({"generate", "attention", "grads"}),
     data={"measure": {"test?": "Dialogue"}, "fit": {"train?": "Dialogue"}, "make": {"train?": "Dialogue"}},
-    produces=("steer", "adapter", "prompt"),
+    produces=("steer", "weights", "adapter", "prompt"),
     claims=(
         Claim(
             id="template-costs-recall",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ from temper.systems.chat import Chat
 from temper.systems.loading import load_base
 
 NONE = Data({}, "none")
+
+
+def load(name: str, **options: Any) -> CausalLM:
+    system = load_base(name, **options)
+    assert isinstance(system, CausalLM)
+    return system
+
+
 TALKS = (
     [Message("user", "Where does the river begin?")],
     [Message("system", "Be brief."), Message("user", "Tell me about the mill.\nAnd the fox.")],
@@ -43,12 +52,12 @@ TALKS = (
 
 @pytest.fixture(scope="module")
 def tiny() -> CausalLM:
-    return load_base("tiny:llama")
+    return load("tiny:llama")
 
 
 @pytest.fixture(params=["tiny:llama", "tiny:gpt2", "tiny:gemma2"])
 def system(request: pytest.FixtureRequest) -> CausalLM:
-    return load_base(request.param)
+    return load(request.param)
 
 
 def weights(system: CausalLM, ids: list[int], layer: int = 0) -> torch.Tensor:
@@ -98,7 +107,7 @@ def test_departure_2_generated_keys_are_weighed_only_if_asked(tiny: CausalLM) ->
 @settings(max_examples=15, deadline=None)
 @given(alpha=st.floats(0.05, 1), which=st.integers(0, 2))
 def test_steered_attention_is_the_equation(alpha: float, which: int) -> None:
-    tiny = load_base("tiny:llama")
+    tiny = load("tiny:llama")
     rendered = tiny.chat.prompt(TALKS[which])
     factor_K = torch.where(user_mask(rendered.spans, len(rendered.ids)), 1.0, alpha)
     want = reweighted(weights(tiny, rendered.ids), factor_K)
@@ -344,14 +353,14 @@ def test_make_tags_above_beta_and_keeps_scores(tiny: CausalLM) -> None:
     scores = shares.dependency_scores(tiny, RECORDS, 0, 2047, Run())
     flat = sorted(score for found in scores for score in found)
     beta = (flat[1] + flat[2]) / 2
-    made = method.make(tiny, data, Config(beta=beta), Run())["train"]
+    made = method._dialogues(method.make(tiny, data, Config(beta=beta), Run()), "train")
     for record, made_record, found in zip(RECORDS, made, scores, strict=True):
         assert made_record.extra["context_scores"] == pytest.approx(found)
         assert made_record.extra["context_tagged"] == [score > beta for score in found]
         users = [m.content for m in made_record.messages if m.role == "user"]
         assert [text.endswith(" [IND]") for text in users] == [score > beta for score in found]
         assert tagging.without_tags(made_record).messages[-1] == record.messages[-1]
-    again = method.make(tiny, Data({"train": made}, "tagged"), Config(beta=beta), Run())["train"]
+    again = method._dialogues(method.make(tiny, Data({"train": made}), Config(beta=beta), Run()), "train")
     assert sum(m.content.count("[IND]") for r in again for m in r.messages) == sum(s > beta for s in flat)
 
 
@@ -502,12 +511,13 @@ def test_measure_needles_gives_every_arm_on_the_same_items(tiny: CausalLM, tmp_p
     }
     assert len({frozenset(found) for found in items.values()}) == 1
     assert len(items["template"]) == 2
-    share = {(r.arm, r.metric): r for r in rows if r.metric.endswith("_share")}
+    found = [r for r in rows if r.metric.endswith("_share")]
+    assert all(r.n == 1 for r in found)
+    share = {(r.arm, r.metric): r.value or 0.0 for r in found}
     for arm in items:
-        assert sum(share[arm, f"{g}_share"].value for g in shares.GROUPS) == pytest.approx(1, abs=1e-5)
-        assert share[arm, "user_share"].n == 1
-    assert share["steered_1", "user_share"].value == share["template", "user_share"].value
-    assert share["steered_0.5", "user_share"].value > share["template", "user_share"].value
+        assert sum(share[arm, f"{g}_share"] for g in shares.GROUPS) == pytest.approx(1, abs=1e-5)
+    assert share["steered_1", "user_share"] == share["template", "user_share"]
+    assert share["steered_0.5", "user_share"] > share["template", "user_share"]
     assert (tmp_path / "figures.json").exists()
 
 
@@ -518,11 +528,13 @@ def test_conversations_are_what_they_say() -> None:
     assert (
         data.fingerprint == build_conversations(300, 5).fingerprint != build_conversations(300, 6).fingerprint
     )
-    for record in (*data["train"], *data["test"]):
+    for record in method._dialogues(data, "train") + method._dialogues(data, "test"):
         asked, reply = record.messages[0].content, record.messages[1].content
         assert record.extra["answer"] in reply
         assert contains(asked, str(record.extra["answer"])) == (record.extra["kind"] == "context")
-    said = {part: " ".join(m.content for r in data[part] for m in r.messages) for part in data}  # type: ignore[attr-defined]
+    said = {
+        part: " ".join(m.content for r in method._dialogues(data, part) for m in r.messages) for part in data
+    }
     countries = {fact.subject for fact in conversations._all_facts()}
     asked_in = {part: {c for c in countries if contains(text, c)} for part, text in said.items()}
     assert asked_in["test"]
@@ -552,7 +564,7 @@ def test_wrong_settings_are_one_clear_error(change: dict[str, object], match: st
 
 
 def without_template(system: CausalLM) -> CausalLM:
-    bare = load_base("tiny:llama").tokenizer
+    bare = load("tiny:llama").tokenizer
     bare.chat_template = None
     return system.with_(tokenizer=bare, chat=Chat(bare))
 
@@ -578,7 +590,7 @@ def test_flash_attention_takes_no_mask(tiny: CausalLM, monkeypatch) -> None:
 def test_sdpa_whose_mask_is_none_is_steered_as_eager_is() -> None:
     found = {}
     for kind in ("sdpa", "eager"):
-        system = load_base("tiny:llama", attention=kind)
+        system = load("tiny:llama", attention=kind)
         ids = system.chat.prompt(TALKS[0]).ids
         with steered(system, 0.4):
             found[kind] = logits(system, ids)
@@ -617,5 +629,5 @@ def test_needles_longer_than_the_context_are_refused(tiny: CausalLM) -> None:
 def quiet() -> Iterator[None]:
     """No test leaves the shared tiny system with a hook."""
     yield
-    for module in load_base("tiny:llama").model.modules():
+    for module in load("tiny:llama").model.modules():
         assert not module._forward_pre_hooks
