@@ -168,7 +168,7 @@ def _answers(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator
     _write_examples(run.folder, records, replies)
     pairs = list(zip(records, replies, strict=True))
     chat = [pair for pair in pairs if pair[0].extra.get("kind") == "chat"]
-    context = [pair for pair in pairs if pair not in chat]
+    context = [pair for pair in pairs if pair[0].extra.get("kind") != "chat"]
     yield from _containment("contained", context, "answer", True)
     yield from _containment("prior", [pair for pair in context if pair[0].extra.get("prior")], "prior", False)
     yield from _containment("knowledge", chat, "answer", True)
