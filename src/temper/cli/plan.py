@@ -81,14 +81,17 @@ def plan_record(plan: Plan, costs: list[Cost]) -> dict[str, Any]:
 
 def describe_cost(costs: list[Cost]) -> str:
     """One line: time, memory and disk of all steps."""
-    seconds = None if any(c.seconds is None for c in costs) else sum(c.seconds or 0 for c in costs)
+    seconds = sum(c.seconds for c in costs if c.seconds is not None)
+    num_unknown = sum(c.seconds is None for c in costs)
+    more = f" and {num_unknown} steps of unknown length" if num_unknown else ""
+    time = "unknown" if num_unknown == len(costs) else seconds_text(seconds) + more
     memory = (
         None
         if any(c.memory_bytes is None for c in costs)
         else max((c.memory_bytes or 0 for c in costs), default=0)
     )
     disk = sum(c.disk_bytes for c in costs)
-    return f"a guess: {seconds_text(seconds)}, {bytes_text(memory)} of memory, {bytes_text(disk)} of disk"
+    return f"a guess: {time}, {bytes_text(memory)} of memory, {bytes_text(disk)} of disk"
 
 
 def _print(plan: Plan, costs: list[Cost]) -> None:

@@ -6,26 +6,20 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from temper.core.errors import NeedsError
 from temper.core.registry import load_card, load_method
-from temper.core.types import Json, Message
-from temper.run.inputs import wanted_parts
+from temper.core.types import Json
 from temper.run.options import Options
 from temper.run.plan import Plan, PlannedStep
+from temper.run.speed import DECODING, READING, STEPS_PER_S, TRAINING, flops_per_s
+from temper.run.workload import Work, work_of
 
 __all__ = ["Cost", "check_cost", "count_parameters", "estimate", "free_memory"]
 
-CHARS_A_TOKEN = 4.0
-REPLY_TOKENS = 64
-"""Tokens guessed for a reply where a method generates and says nothing of its length."""
-EFFICIENCY = 0.4
-"""Share of a plain matrix product's speed that a whole forward pass reaches."""
 KNOWN_PARAMETERS = {"smollm2-135m": 134_515_008}
 ADAPTER_SHARE = 0.04
 FLOAT_BYTES = 4
@@ -34,7 +28,10 @@ LOAD_S = 2.0
 
 
 class Cost(NamedTuple):
-    """A guess; `parameters` is None where the base's size is not known, and then so are time and memory."""
+    """A guess; `parameters` is None where the base's size is not known, and then so are time and memory.
+
+    Time is not known either for a step whose data an earlier step has yet to make.
+    """
 
     step: str
     label: str
@@ -52,18 +49,40 @@ def estimate(plan: Plan) -> list[Cost]:
 
 def _step_cost(step: PlannedStep, options: Options) -> Cost:
     parameters = count_parameters(step.system.base) if step.system else 0
-    tokens = _tokens(step)
-    speed = _flops_per_s(options.device, options.precision) * EFFICIENCY if parameters else math.inf
-    said = _own_estimate(step, parameters, speed, options.device)
-    tokens = int(said.get("tokens", tokens))
+    work = work_of(step)
+    peak = flops_per_s(options.device, options.precision) if parameters else math.inf
+    said = _own_estimate(step, parameters, peak * READING, options.device)
+    if "tokens" in said:
+        said_tokens = int(said["tokens"])
+        work = Work(said_tokens, 0, 0, 0) if step.verb == "fit" else Work(0, said_tokens, 0, 0)
     seconds, memory = said.get("seconds"), said.get("memory_bytes")
     if parameters is not None:
-        flops = (6 if step.verb == "fit" else 2) * parameters * tokens
-        seconds = seconds if seconds is not None else flops / speed + (LOAD_S if parameters else 0)
+        if seconds is None and not (parameters and step.loaded is None and "tokens" not in said):
+            seconds = _seconds(step, work, parameters, peak, options)
         memory = memory if memory is not None else _memory(step, parameters)
     disk = int(said.get("disk_bytes", _disk(step, parameters or 0)))
     label = f"{step.id}: {step.verb} {step.method}"
-    return Cost(step.name, label, parameters, tokens, seconds, memory, disk)
+    return Cost(step.name, label, parameters, work.total, seconds, memory, disk)
+
+
+def _seconds(step: PlannedStep, work: Work, parameters: int, peak: float, options: Options) -> float:
+    """Training by 4 or 6 operations a weight and token, reading by 2, writing by the slower rate of decoding."""
+    if not parameters:
+        return 0.0
+    # With an adapter the frozen weights need no gradients of their own.
+    a_trained = 6 if _is_full(step) else 4
+    seconds = LOAD_S + parameters * (a_trained * work.trained / TRAINING + 2 * work.read / READING) / peak
+    if work.written:
+        at_once = min(work.num_replies, max(1, options.batch_tokens // (work.total // work.num_replies + 1)))
+        seconds += work.written * max(2 * parameters / (DECODING * peak), 1 / (STEPS_PER_S * at_once))
+    return seconds
+
+
+def _is_full(step: PlannedStep) -> bool:
+    """Whether a fit trains every weight: its `mode` says so, or it leaves weights and no adapter."""
+    produces = load_card(step.method).produces
+    mode = vars(step.config).get("mode")
+    return step.verb == "fit" and (mode == "full" or ("weights" in produces and "adapter" not in produces))
 
 
 def _own_estimate(step: PlannedStep, parameters: int | None, speed: float, device: str) -> Mapping[str, Any]:
@@ -82,33 +101,9 @@ def _source(slug: str) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _tokens(step: PlannedStep) -> int:
-    """Tokens that pass through the model: those of the data, once an epoch, and of the replies."""
-    if step.loaded is None or step.system is None:
-        return 0
-    wanted = [name.removesuffix("?") for name in wanted_parts(load_card(step.method), step.verb)]
-    records = [record for part in wanted for record in step.loaded.get(part)]
-    chars = sum(
-        _chars(value) for record in records for name, value in vars(record).items() if name != "extra"
-    )
-    epochs = float(getattr(step.config, "num_epochs", 1) or 1) if step.verb == "fit" else 1.0
-    replies = len(records) * REPLY_TOKENS if "generate" in load_card(step.method).needs else 0
-    return int(chars / CHARS_A_TOKEN * epochs) + replies
-
-
-def _chars(value: Any) -> int:
-    """Characters of the texts in a value."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Message):
-        return len(value.content)
-    return sum(_chars(item) for item in value) if isinstance(value, tuple) else 0
-
-
 def _memory(step: PlannedStep, parameters: int) -> int:
     """Weights; for a full fit also their gradients and two moments; and room for activations."""
-    produces = load_card(step.method).produces
-    copies = 4.0 if step.verb == "fit" and "weights" in produces and "adapter" not in produces else 1.3
+    copies = 4.0 if _is_full(step) else 1.3
     return int(parameters * FLOAT_BYTES * copies + 0.3e9) if parameters else 0
 
 
@@ -116,8 +111,7 @@ def _disk(step: PlannedStep, parameters: int) -> int:
     base = 1_000_000
     if step.verb != "fit":
         return base
-    produces = load_card(step.method).produces
-    if "weights" in produces and "adapter" not in produces:
+    if _is_full(step):
         return base + parameters * FLOAT_BYTES * 4  # the weights, and a checkpoint with two moments
     return base + int(parameters * FLOAT_BYTES * ADAPTER_SHARE * 4)
 
@@ -145,22 +139,6 @@ def _header_count(path: Path) -> int:
     except (OSError, ValueError):
         return 0
     return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-
-
-@cache
-def _flops_per_s(device: str, precision: str) -> float:
-    """Floating-point operations a second of a matrix product here, the best of sixteen."""
-    import torch
-
-    n = 512 if device == "cpu" else 4096
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.ones((n, n), dtype=dtype, device=device)
-    best = math.inf
-    for _ in range(16):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # reading a number waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 def free_memory() -> int | None:
