@@ -236,7 +236,8 @@ def test_dpo_agrees_with_trl(system: Any) -> None:
         logp = system.model(input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
         target, known = labels[:, 1:], labels[:, 1:] != -100
         picked = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
-        return MagicMock(log_probs=picked * known, entropy=torch.zeros_like(picked), logits=logp)
+        zeros = torch.zeros_like(picked)
+        return MagicMock(log_probs=picked * known, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
     trainer = MagicMock()
     trainer.loss_types, trainer.loss_weights, trainer.beta, trainer.ld_alpha = ["sigmoid"], [1.0], beta, None
@@ -249,6 +250,7 @@ def test_dpo_agrees_with_trl(system: Any) -> None:
     trainer.accelerator.gather_for_metrics = lambda tensor: tensor
     inputs = {
         "input_ids": batch.ids_BT,
+        "attention_mask": batch.mask_BT.long(),
         "completion_mask": batch.scored_BT.long(),
         "ref_chosen_logps": torch.tensor([item.idk_ref for item in items]),
         "ref_rejected_logps": torch.tensor([item.forget_ref for item in items]),
