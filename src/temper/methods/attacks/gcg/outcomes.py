@@ -23,11 +23,15 @@ from temper.systems.causal_lm import CausalLM
 __all__ = [
     "Goal",
     "Outcome",
+    "Verdicts",
     "attempt_of",
     "check_loss",
+    "filled",
     "judge_replies",
     "outcomes",
     "replies_to",
+    "succeeded",
+    "text_of",
     "write_figures",
 ]
 

@@ -20,7 +20,6 @@ from temper.methods.attacks.gcg import method, outcomes, steps
 from temper.methods.attacks.gcg.card import Config
 from temper.methods.attacks.gcg.probe import agreement, first_layers, num_layers_of, probe_sample
 from temper.methods.attacks.gcg.steps import Best, Search, takes_worse
-from temper.methods.refusal.refusal_tokens.gate import RefusalGate
 from temper.ops.hooks import is_hooked
 from temper.ops.search import allowed_mask
 from temper.ops.search_losses import Scores, SlotScorer
@@ -130,17 +129,28 @@ def test_figures_and_rows(system: CausalLM, tmp_path: Path) -> None:
     }
 
 
+class Opens:
+    """A step rule that lets every answer open with id 501, as a gate of refusal tokens does."""
+
+    name = "opens"
+
+    def start(self, prompt_ids: list[int]) -> dict[str, Any]:
+        return {}
+
+    def __call__(
+        self, logits_BV: torch.Tensor, position_B: list[int], states: list[dict[str, Any]]
+    ) -> torch.Tensor:
+        first = torch.tensor([position == 0 for position in position_B])[:, None]
+        forced = torch.full_like(logits_BV, -torch.inf)
+        forced[:, 501] = 0.0
+        return torch.where(first, forced, logits_BV)
+
+    def reply_prefix_ids(self) -> list[int]:
+        return [501]
+
+
 def test_an_attack_on_refusal_tokens_aims_at_the_token_that_opens_an_answer(system: CausalLM) -> None:
-    gate = RefusalGate(
-        {
-            "token_ids": {"refuse": 500, "respond": 501},
-            "mode": "gate",
-            "temperature": 1.0,
-            "thresholds": {},
-            "selected": ["refuse"],
-        }
-    )
-    guarded = system.with_(step_rules=(gate,))
+    guarded = system.with_(step_rules=(Opens(),))
     (goal,) = method.prepare(guarded, GOALS[:1], Config())
     (plain,) = method.prepare(guarded, GOALS[:1], Config(target_prefix=""))
     assert goal.prompt.target == [501, *plain.prompt.target]
