@@ -249,7 +249,9 @@ def _attempts(
     for number, (goal, outcome, verdict) in enumerate(zip(all_goals, found, verdicts, strict=True)):
         is_held_out = number >= len(goals)
         cost = _cost(search, None if is_held_out else number, outcome, goal, wall_s)
-        detail: dict[str, Json] = {"suffix": text, "held_out": float(is_held_out), "search": config.search}
+        detail: dict[str, Json] = {"suffix": text, "search": config.search}
+        if held_out:
+            detail["held_out"] = float(is_held_out)
         if search and not is_held_out:
             detail |= {"loss_curve": search.curve, "steps": search.num_steps, "start_loss": search.curve[0]}
             detail |= {"suffix_ids": search.best.ids}
