@@ -24,6 +24,7 @@ from temper.run.steps import Outcome, Worker, run_step
 from temper.store import lines
 from temper.store.atomic import canonical
 from temper.store.folders import RunFolder, run_folders
+from temper.store.records import stable
 
 __all__ = ["CellRunner", "RunResult", "execute", "find_run", "run_cells", "run_recipe"]
 
@@ -77,7 +78,7 @@ def execute(
         return _execute_in_launch(plan, ticker, say)
     folder, fresh = _folder(plan, resume)
     with folder.lock():
-        if not fresh and folder.record().get("status") == "done":
+        if not fresh and _is_complete(folder, plan):
             say(f"{folder.id} is complete and unchanged; nothing was run")
             kept: dict[str, Outcome] = {step.name: "kept" for step in plan.steps}
             return RunResult(
@@ -92,6 +93,16 @@ def execute(
             outcomes = (runner or run_cells)(plan, worker)
             num_rows = _Emitter(folder).emit_all(plan)
         return RunResult(folder=folder, plan=plan, outcomes=outcomes, num_rows=num_rows)
+
+
+def _is_complete(folder: RunFolder, plan: Plan) -> bool:
+    """Whether nothing is left to do; raises StoreError for a finished step that is no longer as it was left."""
+    steps = [folder.step(step.name) for step in plan.steps]
+    if folder.record().get("status") != "done" or not all(step.is_done() for step in steps):
+        return False
+    for step in steps:
+        step.check()
+    return True
 
 
 def _execute_in_launch(plan: Plan, ticker: Ticker, say: Callable[[str], None]) -> RunResult:
@@ -282,4 +293,5 @@ class _Tail:
 
 
 def _digest(record: Mapping[str, Json]) -> bytes:
-    return hashlib.sha1(canonical(dict(record)).encode()).digest()
+    # Time and machine may differ where a step was deleted and run again.
+    return hashlib.sha1(canonical(stable(dict(record))).encode()).digest()

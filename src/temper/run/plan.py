@@ -13,7 +13,7 @@ from temper.core import config as core_config
 from temper.core.card import Verb
 from temper.core.errors import ConfigError
 from temper.core.registry import load_card
-from temper.core.spec import SystemSpec
+from temper.core.spec import SystemSpec, parse_system
 from temper.core.types import Json
 from temper.run.artefact_paths import artefact_digest, base_identity, locate
 from temper.run.cells import CellSpec, StepSpec, expand
@@ -127,6 +127,7 @@ def make_plan(request: Request) -> Plan:
     loads: dict[str, Data] = {}
     expanded = expand(pipeline, sets, seeds=request.seeds, arms=request.arms)
     _check_part_names(expanded)
+    _check_read(request, expanded)
     cells = [_plan_cell(cell, options, Path(request.out), loads) for cell in expanded]
     return Plan(request=request, pipeline=pipeline, cells=tuple(cells), options=options)
 
@@ -157,6 +158,20 @@ def _check_part_names(cells: Sequence[CellSpec]) -> None:
     for ref in {canonical(_ref(step.data)): step.data for step in steps}.values():
         same = [step for step in steps if step.data == ref]
         check_part_names(ref, [(step.method, load_card(step.method), step.verb) for step in same])
+
+
+def _check_read(request: Request, cells: Sequence[CellSpec]) -> None:
+    """A system or data that the user gives is used by some step, else the user would believe what is not so."""
+    specs = [spec for cell in cells for spec in cell.steps]
+    cure = "Name it in the step, run the method without --recipe, or leave the option out."
+    if request.data is not None and all(_ref(spec.step.data) != _ref(request.data) for spec in specs):
+        raise ConfigError("No step reads --data", where=f"{request.source}, data {request.data!r}", cure=cure)
+    if request.system is None:
+        return
+    given = parse_system(request.system)
+    used = [spec.system for spec in specs if spec.system and wants_system(load_card(spec.step.method))]
+    if all(system.base != given.base for system in used):
+        raise ConfigError("No step uses --system", where=f"{request.source}, system {given}", cure=cure)
 
 
 def _plan_cell(cell: CellSpec, options: Options, out: Path, loads: dict[str, Data]) -> Cell:

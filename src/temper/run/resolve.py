@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from temper.core.spec import SystemSpec, parse_system
-from temper.run.artefact_paths import locate
+from temper.run.artefact_paths import base_identity, locate
 from temper.run.options import Options
+from temper.store.atomic import canonical
 
 if TYPE_CHECKING:
     from temper.systems.base import System
@@ -22,7 +23,9 @@ _bases: dict[tuple[Any, ...], Any] = {}
 def load_system(name: str, options: Options | None = None) -> System:
     """A base by name; kept until another one is asked for, since every artefact leaves it bit-identical."""
     options = options or Options()
-    key = (name, options.device, options.system_prompt, options.base_url, _dtype(options))
+    # A folder's identity holds its files, so that a changed one, or one of the same name elsewhere, is loaded anew.
+    place = canonical(base_identity(name))
+    key = (place, options.device, options.system_prompt, options.base_url, _dtype(options))
     if key not in _bases:
         drop_bases()  # before loading, so that two models are never in memory at once
         _bases[key] = _load(name, options)

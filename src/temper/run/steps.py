@@ -23,6 +23,7 @@ from temper.run.resolve import open_system
 from temper.run.seeding import seed_everything
 from temper.run.verbs import call_verb
 from temper.store import cache, lines
+from temper.store.atomic import refusals
 from temper.store.folders import RunFolder, StepFolder, find_step
 from temper.store.records import attempt_from, attempt_record, row_record
 
@@ -61,7 +62,8 @@ def run_step(planned: PlannedStep, worker: Worker) -> Outcome:
         announce_start(step.path)
         started = time.perf_counter()
         hits_before = cache.hits()
-        with _opened(planned, worker) as system:
+        # A method may write files of its own; a disk that refuses them is told like any other.
+        with refusals(step.path), _opened(planned, worker) as system:
             made = _execute(planned, worker, step, system)
         facts: dict[str, Json] = {
             "environment": environment(),

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from temper.core.errors import StoreError
 from temper.core.types import Json
 
-__all__ = ["canonical", "disk_errors", "read_json", "write_bytes", "write_json", "write_with"]
+__all__ = ["canonical", "disk_errors", "read_json", "refusals", "write_bytes", "write_json", "write_with"]
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, then run the same command again; it resumes.",
@@ -28,6 +28,9 @@ CURES = {
     errno.ENOTDIR: "A part of the path is a file: choose another folder.",
 }
 
+REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
+"""What only a disk says, whatever the file."""
+
 
 @contextmanager
 def disk_errors(action: str, path: Path) -> Iterator[None]:
@@ -39,6 +42,18 @@ def disk_errors(action: str, path: Path) -> Iterator[None]:
         raise StoreError(
             f"Cannot {action}: {reason}", where=str(path), cure=CURES.get(error.errno or 0, "")
         ) from error
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Turn a refusal of the disk inside, full or read-only, into a StoreError; other errors pass as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSALS:
+            with disk_errors("write", path):
+                raise
+        raise
 
 
 def write_with(path: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -22,8 +22,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take(handle, path, wait)
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        with disk_errors("lock", path):
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
         yield
     finally:
         os.close(handle)
