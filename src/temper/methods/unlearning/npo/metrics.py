@@ -37,10 +37,16 @@ __all__ = [
     "log_truth_ratio",
     "mean_row",
     "measure",
+    "membership_auc",
     "min_k",
     "privleak",
     "raw_rows",
+    "reference_rows",
+    "split_scores",
+    "truth_scores",
+    "utility_row",
     "write_examples",
+    "wrong_answers",
 ]
 
 logger = logging.getLogger(__name__)

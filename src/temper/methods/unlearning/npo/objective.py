@@ -18,7 +18,7 @@ from temper.ops.logprobs import position_logits, score_batch, sum_by_row
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, wanted_hidden
 from temper.ops.train import SumCount
 
-__all__ = ["Pair", "UnlearnObjective", "kl_sum", "positions"]
+__all__ = ["Pair", "UnlearnObjective", "count_positions", "kl_sum", "positions"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from temper.methods.unlearning.npo.metrics import fluency_rows, mean_row, write_
 from temper.methods.unlearning.npo.training import curve_figures, prepare, tune, unlearn
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["at_level", "level_rows", "measure"]
+__all__ = ["at_level", "item_rows", "level_rows", "measure"]
 
 Look = Mapping[str, float]
 

@@ -17,7 +17,7 @@ from temper.store import lines
 from temper.systems.causal_lm import CausalLM
 from temper.systems.loading import load_base
 
-__all__ = ["Reference", "load_reference", "read_rows"]
+__all__ = ["Reference", "ScoreSplit", "load_reference", "read_rows"]
 
 ScoreSplit = Callable[[Any, Any, str, Config, Run], Mapping[str, Sequence[float | None]]]
 """Scores of a split's rows by metric."""
