@@ -472,3 +472,19 @@ def test_settings_refuse_nonsense():
     for bad in (*nonsense, {"clip_norm": -1}, {"weight_decay": -0.1}, {"max_steps": -1}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             TrainSettings(**bad)
+
+
+def test_short_rows_on_a_cpu_train_on_plain_attention_with_the_same_gradients() -> None:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from temper.ops.precision import SHORT_ROW, short_attention
+
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 12, 8, requires_grad=True) for _ in range(3)]
+    found = []
+    for longest in (SHORT_ROW, SHORT_ROW + 1):
+        with short_attention("cpu", longest):
+            out = scaled_dot_product_attention(*given, is_causal=True)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), given)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

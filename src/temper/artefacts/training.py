@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from temper.artefacts.adapter import PREFIX, Adapter, is_conv1d, peft_rows_key
 from temper.artefacts.base import need_model
+from temper.artefacts.lora_linear import fuse
 from temper.artefacts.preserved import preserved
 from temper.artefacts.targets import ALL_LINEAR, suffixes, target_modules, target_parameters
 from temper.artefacts.trained_rows import train_rows
@@ -153,6 +154,7 @@ class _LoraTuning(Tuning):
         trained = {id(p) for p in self.rows.values()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in trained or ".lora_" in name)
+        fuse(model)
 
     def row_parameters(self) -> list[nn.Parameter]:
         """The rows of new and reused ids; a tied row once."""

@@ -19,7 +19,7 @@ from temper.ops import checkpoint
 from temper.ops.batching import plan_batches
 from temper.ops.objectives import Objective, SumCount
 from temper.ops.optim import lr_factor, set_lr
-from temper.ops.precision import autocast
+from temper.ops.precision import autocast, short_attention
 from temper.ops.processes import processes
 from temper.ops.train_settings import TrainLog, TrainSettings
 
@@ -120,15 +120,18 @@ class Loop(Generic[Item]):
             if not self.procs.owns(index):
                 continue
             _seed(self.run.seed, step, index, self.parameters[0].device)
-            with autocast(self.run):
-                terms = self.objective(self.model, [items[place] for place in places])
-            _check_terms(terms, weights, counts)
-            losses = [
-                weights[name] * term.total / counts[name] for name, term in terms.items() if counts[name]
-            ]
-            loss = sum(losses, zero)
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+            part = [items[place] for place in places]
+            # The backward pass too: recomputed activations must take the same kernels.
+            with short_attention(self.parameters[0].device, max(self.length(item) for item in part)):
+                with autocast(self.run):
+                    terms = self.objective(self.model, part)
+                _check_terms(terms, weights, counts)
+                losses = [
+                    weights[name] * term.total / counts[name] for name, term in terms.items() if counts[name]
+                ]
+                loss = sum(losses, zero)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
             for name, term in terms.items():
                 totals[name] = totals[name] + term.total.detach().double()
                 seen[name] += float(term.count)
