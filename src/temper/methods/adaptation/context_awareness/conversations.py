@@ -1,8 +1,9 @@
 """Short conversations of our own: half answered from a passage, half from what the model knows.
 
-A context turn holds a passage and its reply copies from it. A chat turn is answered from common knowledge; every
-second one also holds a passage, of a story that has it wrong, which the reply passes over. Test context turns set a
-passage against common knowledge about countries that training never names; there the passage is right.
+A context turn holds a passage and its reply copies from it: a made-up story, or a claim about a country against common
+knowledge. A chat turn is answered from common knowledge, without a passage or, as an "aside", with such a claim that the
+reply passes over. So trusted and ignored claims look alike, as they do in mixed chat data, and only an indicator tells
+them apart. Test turns are about countries that training never names.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def build_conversations(count: int, seed: int, num_test: int = 60) -> Data:
     held_out = set(subjects[: len(subjects) // 2])
     known = [fact for fact in _all_facts() if fact.subject not in held_out]
     unknown = [fact for fact in _all_facts() if fact.subject in held_out]
-    train = [_story(draw) if number % 2 else _chat(draw, known, number % 4 == 0) for number in range(count)]
+    train = [_training_turn(draw, known, number % 4) for number in range(count)]
     test = [_contradicted(draw, draw.choice(unknown), trusted=True) for _ in range(num_test)]
     test += [
         _chat(draw, unknown, with_passage) for _ in range(num_test // 2) for with_passage in (False, True)
@@ -111,6 +112,15 @@ def _story(draw: random.Random) -> Dialogue:
         reply.format(**names),
         {"kind": "context", "answer": names["y"]},
     )
+
+
+def _training_turn(draw: random.Random, facts: list[Fact], which: int) -> Dialogue:
+    """Of four turns one is a story, one a trusted claim, one an ignored claim, one plain chat."""
+    if which == 0:
+        return _story(draw)
+    if which == 1:
+        return _contradicted(draw, draw.choice(facts), trusted=True)
+    return _chat(draw, facts, which == 2)
 
 
 def _chat(draw: random.Random, facts: list[Fact], with_passage: bool) -> Dialogue:

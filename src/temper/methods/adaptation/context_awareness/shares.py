@@ -5,11 +5,12 @@ Shape letters: K keys, G groups of keys (first position, user, response), N conv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from temper.core.errors import ConfigError
 from temper.core.types import Run
@@ -204,10 +205,32 @@ def _over_batches(
         for rows in run.ticker(batches, total=len(batches), label="attention"):
             examples = [Example(ids_N[row], [False] * len(ids_N[row])) for row in rows]
             batch = collate(examples, system.pad_id, system.device)
-            with attention_weights(system.model, [layer], reduce=_bound(reduce, rows)) as kept:
+            with (
+                attention_weights(system.model, [layer], reduce=_bound(reduce, rows)) as kept,
+                _ending_after(anchors.layers(system.model)[layer]),
+            ):
                 stack(input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), use_cache=False)
             found.update(zip(rows, kept[layer][0].cpu(), strict=True))
     return [found[row] for row in range(len(ids_N))]
+
+
+class _Enough(Exception):  # noqa: N818
+    """The layer that was asked for has run."""
+
+
+@contextmanager
+def _ending_after(layer: nn.Module) -> Iterator[None]:
+    """The block ends as soon as `layer` has run: what lies above is not needed."""
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        with suppress(_Enough):
+            yield
+    finally:
+        handle.remove()
 
 
 def _bound(reduce: Callable[[Tensor, list[int]], Tensor], rows: list[int]) -> Callable[[Tensor], Tensor]:

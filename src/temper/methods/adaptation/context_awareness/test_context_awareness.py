@@ -300,14 +300,17 @@ RECORDS = [
 ]
 
 
-def test_departure_7_scores_are_the_definition_and_batches_change_nothing(system: CausalLM) -> None:
-    together = shares.dependency_scores(system, RECORDS, 1, 2047, Run(batch_tokens=10_000))
-    alone = shares.dependency_scores(system, RECORDS, 1, 2047, Run(exact=True))
+@pytest.mark.parametrize("layer", [0, 1])
+def test_departure_7_scores_are_the_definition_and_batches_change_nothing(
+    system: CausalLM, layer: int
+) -> None:
+    together = shares.dependency_scores(system, RECORDS, layer, 2047, Run(batch_tokens=10_000))
+    alone = shares.dependency_scores(system, RECORDS, layer, 2047, Run(exact=True))
     assert [len(scores) for scores in together] == [1, 2, 1]
     for record, scores, single in zip(RECORDS, together, alone, strict=True):
         assert scores == pytest.approx(single, abs=1e-5)
         for turn, score in enumerate(scores):
-            assert score == pytest.approx(slow_score(system, record, turn, 1), abs=1e-5)
+            assert score == pytest.approx(slow_score(system, record, turn, layer), abs=1e-5)
 
 
 def test_turns_without_reply_or_cut_off_are_skipped(tiny: CausalLM) -> None:
@@ -537,6 +540,8 @@ def test_conversations_are_what_they_say() -> None:
     }
     countries = {fact.subject for fact in conversations._all_facts()}
     asked_in = {part: {c for c in countries if contains(text, c)} for part, text in said.items()}
+    claims = [r.extra["kind"] for r in data["train"] if r.extra.get("prior")]
+    assert claims.count("context") == claims.count("aside") == 75, "looks do not tell what to trust"
     assert asked_in["test"]
     assert not asked_in["train"] & asked_in["test"], "tested on countries that training never names"
 
