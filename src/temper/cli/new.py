@@ -84,7 +84,8 @@ def write_scratch(root: Path, family: str, method: str) -> Path:
             text = scratch.joinpath(source).read_text(encoding="utf-8")
             (folder / target).write_text(Template(text).substitute(words), encoding="utf-8")
         (folder / "evidence.jsonl").touch()
-        for package in (folder, folder.parent):
-            if not (package / "__init__.py").exists():
-                (package / "__init__.py").write_text("")
+        (folder / "__init__.py").touch()
+        if not (folder.parent / "__init__.py").exists():
+            about = f'"""{family.replace("_", " ").capitalize()}: what its methods have in common."""\n'
+            (folder.parent / "__init__.py").write_text(about)
     return folder

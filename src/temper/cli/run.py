@@ -16,7 +16,7 @@ from temper.cli.plan import describe_cost
 from temper.core.types import Ticker
 from temper.report.tables import Cell, SummaryRow, format_interval, format_value, summary_table
 from temper.run.estimate import check_cost, estimate
-from temper.run.execute import RunResult, execute
+from temper.run.execute import CellRunner, RunResult, execute
 from temper.run.plan import Plan, make_plan
 from temper.run.progress import silent
 from temper.run.ranks import is_follower, is_worker
@@ -52,16 +52,13 @@ def run_command(
     device: req.Device = None,
     precision: req.Precision = None,
     base_url: req.BaseUrl = None,
-    report: Annotated[bool, typer.Option("--report", help="Write report.html into the run's folder.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html into the run's folder.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run all cells; the same command again resumes, and repeats nothing that is unchanged."""
-    options: dict[str, Any] = {
-        "device": device,
-        "precision": precision,
-        "base_url": base_url,
-        "num_procs": nproc,
-    }
+    options = {"device": device, "precision": precision, "base_url": base_url, "num_procs": nproc}
     request = req.build_request(
         source, recipe=recipe, verb=verb, system=system, data=data, sets=sets, seeds=seeds, arms=arms, out=out,
         options=options,
@@ -76,15 +73,11 @@ def run_command(
     if is_worker():
         execute(plan, ticker=_worker_ticker(), say=_told())
         return
-    began = time.monotonic()
     runner = launch.pick_runner(plan, on=on)
     sink = launch.pick_sink(track)
     _announce(plan)
-    try:
-        result = execute(plan, resume=resume, ticker=make_ticker(), say=_told(), runner=runner)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        raise typer.Exit(1) from None
+    began = time.monotonic()
+    result = _executed(plan, resume, runner)
     sink(result)
     if evidence:
         from temper.run.evidence import append_evidence
@@ -96,6 +89,14 @@ def run_command(
         from temper.report.page import write_report
 
         say(str(write_report(result.folder.path)))
+
+
+def _executed(plan: Plan, resume: bool, runner: CellRunner | None) -> RunResult:
+    try:
+        return execute(plan, resume=resume, ticker=make_ticker(), say=_told(), runner=runner)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        raise typer.Exit(1) from None
 
 
 def _worker_ticker() -> Ticker:

@@ -99,9 +99,7 @@ def load_verb(slug: str, verb: Verb):  # type: ignore[no-untyped-def]
     """The function behind a verb; raises ConfigError if the method has no such verb."""
     card = load_card(slug)
     if verb not in card.verbs:
-        raise ConfigError(
-            f"{slug!r} has no verb {verb!r}", cure=f"It offers: {', '.join(card.verbs)}."
-        )
+        raise ConfigError(f"{slug!r} has no verb {verb!r}", cure=f"It offers: {', '.join(card.verbs)}.")
     return getattr(load_method(slug), verb)
 
 

@@ -62,7 +62,9 @@ def parse_system(text: str) -> SystemSpec:
 def _artefact(part: str, text: str) -> ArtefactRef:
     match = re.fullmatch(r"(?P<name>[^@]+)(?:@(?P<strength>[^@]*))?", part.strip())
     if match is None:
-        raise ConfigError(f"System spec {text!r} has an empty artefact", cure="Write base+artefact[@strength].")
+        raise ConfigError(
+            f"System spec {text!r} has an empty artefact", cure="Write base+artefact[@strength]."
+        )
     raw = match["strength"]
     try:
         return ArtefactRef(match["name"], 1.0 if raw is None else float(raw))

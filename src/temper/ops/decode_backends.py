@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from temper.ops.decode_cache import SlotCache
 from temper.ops.rows import Rows, publish_rows
 
-__all__ = ["Backend", "Prefilled", "PromptRow", "RowBackend", "SlotBackend", "slots_work"]
+__all__ = ["Backend", "Prefilled", "PromptRow", "RowBackend", "SlotBackend", "last_positions", "slots_work"]
 
 logger = logging.getLogger(__name__)
 

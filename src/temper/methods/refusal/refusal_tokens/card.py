@@ -112,7 +112,7 @@ class Config:
     thresholds: dict[str, float] = field(default_factory=dict)
     """Thresholds set by hand, by category (single: the key "refuse"); they replace the chosen ones."""
     reply_tokens: int = 48
-    """Longest reply written when measuring."""
+    """Longest reply written when measuring; 0 leaves the text out and reads first tokens only."""
     judge: str = "refusal-classifier"
     """Judge of the reply's text when measuring."""
 

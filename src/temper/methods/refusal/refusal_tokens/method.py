@@ -9,6 +9,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,7 +191,9 @@ def build_decoder(system: CausalLM, artefact: Decoder) -> RefusalGate:
 
 def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """Refusals on the part test, by token and by the judge on the text; writes curves and examples for the report."""
-    records: Sequence[Dialogue] = [_prompt_only(record) for record in data.records("test", Dialogue)]
+    records: Sequence[Dialogue] = [
+        replace(record, messages=record.prompt) for record in data.records("test", Dialogue)
+    ]
     gate = gate_of(system)
     if gate is None:
         yield from scoring.text_rows(scoring.grade(system, records, config, run), records)
@@ -198,15 +201,13 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
     read = calibration.read_out(system, records, gate, run)
     yield from scoring.token_rows(read, gate, records)
     scoring.write_figures(run.folder, read, gate, records)
+    if not config.reply_tokens:
+        return
     by_default = scoring.grade(scoring.untuned(system, gate), records, config, run)
     yield from scoring.text_rows(by_default, records)
     tuned = scoring.regrade(system, by_default, read, gate, records, config, run)
     yield from scoring.text_rows(tuned, records, "_calibrated")
     scoring.write_examples(run.folder, records, by_default, tuned)
-
-
-def _prompt_only(record: Dialogue) -> Dialogue:
-    return Dialogue(record.prompt, id=record.id, extra=record.extra)
 
 
 def _token(name: str) -> str:
