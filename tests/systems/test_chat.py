@@ -9,8 +9,8 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 from tests.systems.tokenizers_for_chat import STYLES, style_tokenizer
+from tokenizers import AddedToken
 
 from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Message

@@ -20,7 +20,8 @@ from temper.core.errors import DataError, ModelError
 from temper.core.types import Row, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.refusal.refusal_tokens import calibration, scoring
-from temper.methods.refusal.refusal_tokens.card import REFUSE, RESPOND, Config
+from temper.methods.refusal.refusal_tokens.card import RESPOND, Config
+from temper.methods.refusal.refusal_tokens.control_tokens import controls_of, token_of, unused_specials
 from temper.methods.refusal.refusal_tokens.gate import Controls, RefusalGate
 from temper.ops.batching import Example
 from temper.ops.optim import BuildOptimizer
@@ -38,7 +39,6 @@ __all__ = [
     "names_of",
     "recalibrate",
     "training_rows",
-    "unused_specials",
     "with_controls",
 ]
 
@@ -125,9 +125,9 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     names = names_of(records, config)
     if config.tokens != "none":
         calibration.check_held_out(held_out, names, config)
-    tokens = [] if config.tokens == "none" else [*(_token(name) for name in names), RESPOND]
+    tokens = [] if config.tokens == "none" else [*(token_of(name) for name in names), RESPOND]
     with tuning(system, _tune(system, config, tokens, run), run) as tuned:
-        controls = _controls(tuned.system, names, tokens, config)
+        controls = controls_of(tuned.system, names, tokens, config)
         examples = [encode(tuned.system, record, controls, config) for record in records]
         train(
             tuned.system.model,
@@ -210,10 +210,6 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
     scoring.write_examples(run.folder, records, by_default, tuned)
 
 
-def _token(name: str) -> str:
-    return REFUSE if name == "refuse" else f"[{name}]"
-
-
 def _tune(system: CausalLM, config: Config, tokens: Sequence[str], run: Run) -> Tune:
     add = config.placement == "add"
     return Tune(
@@ -224,35 +220,6 @@ def _tune(system: CausalLM, config: Config, tokens: Sequence[str], run: Run) -> 
         reuse_ids=() if add else tuple(unused_specials(system, len(tokens))),
         frozen_dtype="bf16" if run.precision == "bf16" and config.mode == "lora" else "same",
     )
-
-
-def unused_specials(system: CausalLM, count: int) -> list[int]:
-    """Ids of special tokens that neither the template nor the tokenizer's own roles use; ModelError if too few."""
-    tokenizer = system.tokenizer
-    taken = {str(token) for token in tokenizer.special_tokens_map.values()}
-    spare = [
-        token_id
-        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and token.content not in taken and token.content not in (system.chat.template or "")
-    ]
-    if len(spare) < count:
-        raise ModelError(
-            f"The tokenizer has {len(spare)} unused special tokens and {count} are needed",
-            cure="Use placement=add.",
-        )
-    return spare[:count]
-
-
-def _controls(
-    system: CausalLM, names: Sequence[str], tokens: Sequence[str], config: Config
-) -> Controls | None:
-    if not tokens:
-        return None
-    if config.placement == "reuse":
-        ids = unused_specials(system, len(tokens))
-    else:
-        ids = [system.tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    return Controls(tuple(ids[:-1]), tuple(names), ids[-1])
 
 
 def encode(system: CausalLM, record: Dialogue, controls: Controls | None, config: Config) -> Example:

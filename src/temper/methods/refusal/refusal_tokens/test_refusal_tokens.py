@@ -14,6 +14,7 @@ from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Message, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.refusal.refusal_tokens.card import Config
+from temper.methods.refusal.refusal_tokens.control_tokens import unused_specials
 from temper.methods.refusal.refusal_tokens.gate import (
     COMPARE,
     FREE,
@@ -23,11 +24,11 @@ from temper.methods.refusal.refusal_tokens.gate import (
     decide_bias,
     decide_columns,
 )
-from temper.methods.refusal.refusal_tokens.method import encode, fit, names_of, training_rows, unused_specials
+from temper.methods.refusal.refusal_tokens.method import encode, fit, names_of, training_rows
 from temper.methods.refusal.refusal_tokens.scoring import off_effect
 from temper.ops import thresholds
-from temper.ops.search_prompt import PrefixesReply
 from temper.ops.generate import Sampling, generate
+from temper.ops.search_prompt import PrefixesReply
 from temper.systems.chat import Chat
 from temper.systems.loading import load_base
 
