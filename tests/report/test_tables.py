@@ -101,3 +101,12 @@ def test_numbers_for_people():
     assert format_value(0.0) == "0.000"
     assert format_interval(Cell(0.5, 0.25, 0.75, 1, 1, "row", "")) == "[0.250, 0.750]"
     assert format_interval(Cell(0.5, None, None, 1, 1, "", "")) == ""
+
+
+def test_a_mean_beside_its_items_counts_once() -> None:
+    items = [Row(metric="kept_probability", value=value, item=name) for name, value in (("a", 1.0), ("b", 0.9), ("c", 0.2))]
+    mean = Row(metric="kept_probability", value=0.7, n=3)
+    cell = summary_table([mean, *items]).rows[0].cells[""]
+    assert cell == summary_table(items).rows[0].cells[""]
+    assert (cell.n, cell.value) == (3, pytest.approx(0.7))
+    assert cell.high == 1.0

@@ -30,7 +30,7 @@ _T: tuple[float, ...] = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 _RATE = re.compile(
-    r"(^|_)(auroc|average_precision|f1|tpr|fpr|rate|share|accuracy|precision|recall|refused|refusal|rouge|success|agreement)"
+    r"(^|_)(auroc|average_precision|f1|tpr|fpr|rate|share|accuracy|precision|recall|refused|refusal|rouge|success|agreement|probability)"
 )
 _NO_RATE = re.compile(r"gain|drop|spill|diff|delta|_s$|_nats$")
 
@@ -122,7 +122,8 @@ def _direction(by_arm: dict[str, list[Row]]) -> bool | None:
 
 
 def _cell(rows: Sequence[Row]) -> Cell:
-    known = [row for row in rows if row.value is not None]
+    items = [row for row in rows if row.item is not None]
+    known = [row for row in items or rows if row.value is not None]  # a mean beside its items counts once
     notes = "; ".join(dict.fromkeys(row.note for row in rows if row.note))
     seeds = _by_seed(known)
     if not known:
