@@ -201,3 +201,16 @@ def test_a_read_only_file_system_names_the_cure(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic.tempfile, "mkstemp", read_only)
     with pytest.raises(StoreError, match="read-only: choose another folder"):
         atomic.write_json(tmp_path / "a.json", 1)
+
+
+def test_what_a_killed_process_was_writing_goes_when_the_run_is_held_again(tmp_path):
+    folder = RunFolder.create(tmp_path, "demo", {"name": "demo"})
+    left = folder.path / "steps" / "fit" / ".done.json.abc123.part"
+    left.parent.mkdir(parents=True)
+    for path in (left, folder.path / ".run.json.xyz.part"):
+        path.write_text("{")
+    kept = folder.path / "steps" / "fit" / ".hidden"
+    kept.write_text("a method's own")
+    with folder.lock():
+        names = sorted(path.name for path in folder.path.rglob(".*"))
+    assert names == [".hidden"]

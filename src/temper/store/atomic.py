@@ -14,7 +14,19 @@ from typing import BinaryIO
 from temper.core.errors import StoreError
 from temper.core.types import Json
 
-__all__ = ["canonical", "disk_errors", "read_json", "refusals", "write_bytes", "write_json", "write_with"]
+__all__ = [
+    "canonical",
+    "disk_errors",
+    "read_json",
+    "refusals",
+    "sweep",
+    "write_bytes",
+    "write_json",
+    "write_with",
+]
+
+PART = ".part"
+"""Ending of a file that is still being written."""
 
 CURES = {
     errno.ENOSPC: "The disk is full: free some space, then run the same command again; it resumes.",
@@ -60,7 +72,7 @@ def write_with(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there; on any error nothing is left."""
     with disk_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 write(file)
@@ -70,6 +82,13 @@ def write_with(path: Path, write: Callable[[BinaryIO], None]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed process was still writing anywhere below; for the folder's only writer."""
+    with disk_errors("clear", folder):
+        for left in folder.rglob(f".*{PART}"):
+            left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

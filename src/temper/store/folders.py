@@ -14,14 +14,14 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from temper.core.errors import ConfigError, StoreError
 from temper.core.types import Attempt, Json, Row
 from temper.store import lines, locks
-from temper.store.atomic import disk_errors, read_json, write_json
+from temper.store.atomic import disk_errors, read_json, sweep, write_json
 from temper.store.records import attempt_from, row_from
 
 __all__ = ["RunFolder", "StepFolder", "file_sha256", "find_step", "run_folders"]
@@ -84,9 +84,12 @@ class RunFolder:
         """The run's attempts, streaming."""
         return (attempt_from(record) for record in lines.read(self.path / "attempts.jsonl"))
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the run for this process; raises StoreError when another one has it."""
-        return locks.locked(self.path / "run.lock")
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process, rid of what a killed one was writing; StoreError when another has it."""
+        with locks.locked(self.path / "run.lock"):
+            sweep(self.path)
+            yield
 
     def is_locked(self) -> bool:
         return locks.is_locked(self.path / "run.lock")
