@@ -104,7 +104,10 @@ def test_numbers_for_people():
 
 
 def test_a_mean_beside_its_items_counts_once() -> None:
-    items = [Row(metric="kept_probability", value=value, item=name) for name, value in (("a", 1.0), ("b", 0.9), ("c", 0.2))]
+    items = [
+        Row(metric="kept_probability", value=value, item=name)
+        for name, value in (("a", 1.0), ("b", 0.9), ("c", 0.2))
+    ]
     mean = Row(metric="kept_probability", value=0.7, n=3)
     cell = summary_table([mean, *items]).rows[0].cells[""]
     assert cell == summary_table(items).rows[0].cells[""]
