@@ -87,7 +87,9 @@ def test_the_curve_is_the_recorded_one():
 
 
 @pytest.mark.parametrize(
-    "run", [Run(seed=3, batch_tokens=1), Run(seed=3, batch_tokens=25), Run(seed=3, exact=True)], ids=str
+    "run",
+    [Run(seed=3, batch_tokens=1), Run(seed=3, batch_tokens=25), Run(seed=3, exact=True)],
+    ids=["one row", "25 tokens", "exact"],
 )
 def test_equal_by_design_settings_give_the_curve(run):
     assert_same(curve(run), json.loads(RECORD.read_text()), 1e-5)
