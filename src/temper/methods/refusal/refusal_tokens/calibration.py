@@ -43,13 +43,13 @@ def choose_thresholds(
 ) -> dict[str, float]:
     """Thresholds by name; `gold_N` holds columns. Raises DataError for an empty class.
 
-    One refusal token: any of the four modes. Categories: coordinate ascent over T_c on macro-F1 (f1), else one
+    One refusal token: any of the four modes. Categories: coordinate ascent over T_c on `config.average` F1, else one
     threshold for all from the leading category's probability, which is what the gate tests.
     """
     gold = np.asarray(gold_N)
     respond = len(controls.names)
     if config.choose == "f1" and respond > 1 and config.rule in ("gate", "bias"):
-        ascent = thresholds.choose_by_category(read.p_NK, gold, names=controls.names)
+        ascent = thresholds.choose_by_category(read.p_NK, gold, average=config.average, names=controls.names)
         return dict(zip(controls.names, ascent.thresholds.tolist(), strict=True))
     score_N = read.refuse_N if config.rule == "sum" else read.p_NK[:, :-1].max(axis=1)
     chosen = thresholds.choose(

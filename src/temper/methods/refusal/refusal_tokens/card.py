@@ -32,7 +32,8 @@ Maths         x       prompt ids, up to and including the generation prompt
               Choosing T:   probabilities are read once per calibration prompt; every setting is then evaluated from
                             them. Modes: f1 (largest F1), fpr (largest refusal rate with FPR <= fpr_max on benign rows),
                             rate (a wanted share of refusals), cost (false_refusal_cost per false refusal, 1 per miss).
-                            Per category: coordinate ascent over T_c on macro-F1, three passes from 0.5.
+                            Per category: coordinate ascent over T_c, three passes from 0.5, on the F1 of
+                            refusing at all (micro) or on the mean F1 of the categories (macro).
 
 Departures    1. Loss on assistant turns only. The authors' recipe trains on every token of packed chats.
               2. All tuned categories have thresholds of their own (T_c), tested at c*; the released script has one T for
@@ -99,6 +100,8 @@ class Config:
     """Decision rule at the first position."""
     choose: Literal["f1", "fpr", "rate", "cost"] = "f1"
     """How thresholds are chosen on the calibration rows."""
+    average: Literal["micro", "macro"] = "micro"
+    """F1 that thresholds by category maximise: of refusing at all, or the mean over categories."""
     fpr_max: float = 0.05
     """Largest false refusal rate on benign calibration rows (choose="fpr")."""
     refusal_rate: float = 0.1

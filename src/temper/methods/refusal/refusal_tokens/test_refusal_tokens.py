@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Message, Run
 from temper.data.schemas import Data, Dialogue
+from temper.methods.refusal.refusal_tokens.calibration import choose_thresholds
 from temper.methods.refusal.refusal_tokens.card import Config
 from temper.methods.refusal.refusal_tokens.control_tokens import unused_specials
 from temper.methods.refusal.refusal_tokens.gate import (
@@ -174,6 +175,17 @@ def test_controls_round_trip() -> None:
     assert controls.ids == [10, 11, 12]
     assert [controls.column(x) for x in ("a", "b", None)] == [0, 1, 2]
     assert COMPARE < 0
+
+
+def test_thresholds_by_category_maximise_the_average_that_is_asked_for() -> None:
+    """A row of b that a leads is a right refusal (micro) and a wrong a (macro), so only macro cuts it off."""
+    read = ReadOut(
+        np.array([[0.7, 0.1, 0.2], [0.6, 0.1, 0.3], [0.1, 0.6, 0.3], [0.2, 0.1, 0.7]]), np.zeros(4)
+    )
+    controls = Controls((1, 2), ("a", "b"), 3)
+    micro = choose_thresholds(read, [0, 1, 1, 2], controls, Config())
+    macro = choose_thresholds(read, [0, 1, 1, 2], controls, Config(average="macro"))
+    assert micro["a"] < 0.6 < macro["a"] < 0.7
 
 
 # The mask, the fit and the departures, on a tiny random model.
