@@ -168,7 +168,7 @@ def entities(part):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_parts_share_no_template_and_no_entity(pair):
+def test_banks_share_no_template_and_no_entity(pair):
     first, second = pair
     assert not set(templates(first)) & set(templates(second))
     assert not set(entities(first)) & set(entities(second))
@@ -178,9 +178,20 @@ def ngrams(tokens, size):
     return {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
 
 
-@pytest.mark.parametrize("pair", PAIRS)
-def test_prompts_of_two_parts_hardly_overlap(parts, pair):
-    first, second = ([words(prompt(row)) for row in parts[part]] for part in pair)
+def test_held_out_templates_are_dealt_whole_to_one_part():
+    banks = {part: generate._filled(part, generate.SEED) for part in ("calibration", "test")}
+    dealt = generate._deal(banks["calibration"], banks["test"], generate.SEED)
+    first, second = ({row.template for _, row in rows} for rows in dealt)
+    assert not first & second
+    both = banks["calibration"] + banks["test"]
+    assert sorted(map(repr, dealt[0] + dealt[1])) == sorted(map(repr, both)), "no row is lost or made"
+    written = {row.template for _, row in banks["test"]}
+    assert 0.3 < len(first & written) / len(written) < 0.7, "both banks reach both parts"
+
+
+@pytest.mark.parametrize("part", ["calibration", "test"])
+def test_held_out_prompts_hardly_overlap_with_train(parts, part):
+    first, second = ([words(prompt(row)) for row in parts[name]] for name in ("train", part))
     five = set().union(*(ngrams(tokens, 5) for tokens in first))
     sets = [set(tokens) for tokens in first]
     nearest = []

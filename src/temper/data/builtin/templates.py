@@ -53,6 +53,7 @@ class Filled(NamedTuple):
 
     request: str
     reply: str
+    template: Template
     labels: Mapping[str, str]
 
 
@@ -107,7 +108,7 @@ def _fill(template: Template, values: Values, number: int, rng: random.Random) -
         of_list = values[match[1]]
         return of_list[number % len(of_list)][int(match[2] or 0)]
 
-    return Filled(SLOT.sub(slot, template.request), _capitalised(SLOT.sub(slot, reply)), {})
+    return Filled(SLOT.sub(slot, template.request), _capitalised(SLOT.sub(slot, reply)), template, {})
 
 
 def _capitalised(text: str) -> str:
