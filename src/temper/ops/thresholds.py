@@ -343,11 +343,15 @@ def control_probs(logits_NV: Tensor, ids: Sequence[int], temperature: float = 1.
     """Probability of each control id under softmax(logits / temperature) over the FULL vocabulary, (N, len(ids))."""
     if not temperature > 0:
         raise ConfigError(f"temperature {temperature} is not positive", where="control_probs")
-    scaled = logits_NV.detach().double() / temperature
-    kept = scaled[:, torch.as_tensor(list(ids), device=scaled.device)] - scaled.logsumexp(
-        dim=-1, keepdim=True
-    )
-    return kept.exp().cpu().numpy()
+    columns = torch.as_tensor(list(ids), device=logits_NV.device)
+    # In pieces: a float64 copy of all rows would weigh more than the model.
+    pieces = [_log_probs(piece_BV, columns, temperature) for piece_BV in logits_NV.detach().split(16)]
+    return torch.cat(pieces or [torch.zeros(0, len(columns))]).exp().cpu().numpy()
+
+
+def _log_probs(logits_BV: Tensor, columns_K: Tensor, temperature: float) -> Tensor:
+    scaled_BV = logits_BV.double() / temperature
+    return scaled_BV[:, columns_K] - scaled_BV.logsumexp(dim=-1, keepdim=True)
 
 
 def leak(p_NC1: Any) -> Array:
