@@ -67,6 +67,15 @@ def test_a_fit_trains_on_its_rows_once_an_epoch_and_writes_nothing(fast):
     assert work(max_train_rows=0).trained > 8 * many.trained
 
 
+def test_a_fit_of_few_rows_takes_its_least_number_of_steps(fast):
+    def trained(**settings):
+        sets = tuple(f"unlearn.{key}={value}" for key, value in settings.items())
+        return workload.work_of(make_plan(Request(source="npo", recipe="tiny", sets=sets)).steps[1]).trained
+
+    assert trained(min_steps=60) == pytest.approx(2 * trained(min_steps=30), rel=0.01)
+    assert trained(min_steps=30) > trained(min_steps=0) > 0
+
+
 def test_a_measure_reads_prompts_and_writes_replies_of_bounded_length(fast):
     def work(bound):
         plan = make_plan(
@@ -74,9 +83,9 @@ def test_a_measure_reads_prompts_and_writes_replies_of_bounded_length(fast):
         )
         return workload.work_of(plan.steps[1])
 
-    assert work(10).num_replies == 349
-    assert work(10).written == 3490
-    assert work(5000).written == 349 * workload.LONGEST_REPLY
+    assert work(10).num_replies == 358
+    assert work(10).written == 3580
+    assert work(5000).written == 358 * workload.LONGEST_REPLY
     assert work(10).trained == 0
 
 

@@ -63,8 +63,10 @@ def _trained(parts: Sequence[Sequence[int]], config: Any) -> int:
         return 0
     num_rows = min(len(rows), _setting(config, "max_train_rows") or len(rows))
     num_seen = num_rows * (_setting(config, "num_epochs") or 1)
+    a_step = min(_setting(config, "batch_rows") or 1, num_rows)
+    num_seen = max(num_seen, _setting(config, "min_steps") * a_step)
     if steps := _setting(config, "max_steps"):
-        num_seen = steps * (_setting(config, "batch_rows") or 1)
+        num_seen = steps * a_step
     return int(sum(rows) / len(rows) * num_seen)
 
 
