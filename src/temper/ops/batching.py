@@ -7,7 +7,7 @@ so the first token of a row never is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "collate",
     "encode",
     "pad_id",
+    "plain_ids",
     "plan_batches",
     "token_budget_batches",
 ]
@@ -126,13 +127,16 @@ def _scored(rendered: Rendered, num_turns: int) -> list[bool]:
 
 
 def _plain_text(system: CausalLM, text: str) -> tuple[list[int], list[bool]]:
+    ids = plain_ids(system.tokenizer, text)
+    return ids, [position > 0 for position in range(len(ids))]
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text, control strings in it spelt out as ordinary text; the tokenizer's own first token stays."""
-    tokenizer = system.tokenizer
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # What the tokenizer puts before every text (a beginning-of-text token for some, nothing for others).
     head = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    ids = [*head, *ids] if head and head[0] == tokenizer.bos_token_id else list(ids)
-    return ids, [position > 0 for position in range(len(ids))]
+    return [*head, *ids] if head and head[0] == tokenizer.bos_token_id else list(ids)
 
 
 def pad_id(system: CausalLM) -> int:

@@ -27,7 +27,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from temper.ops.decode_cache import SlotCache
 from temper.ops.rows import Rows, publish_rows
 
-__all__ = ["Backend", "Prefilled", "PromptRow", "RowBackend", "SlotBackend", "last_positions", "slots_work"]
+__all__ = [
+    "Backend",
+    "Prefilled",
+    "PromptRow",
+    "RowBackend",
+    "SlotBackend",
+    "additive_mask",
+    "cache_by_position",
+    "last_positions",
+    "slots_work",
+    "without_hooks",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -158,19 +169,10 @@ class SlotBackend:
         mask = None
         if min(positions) != max(positions):
             seen_BK = torch.arange(max(positions) + 1, device=self.device) <= position_B1
-            mask = self._additive(seen_BK)[:, None, None]
+            mask = additive_mask(self.model, seen_BK)[:, None, None]
         rows = Rows(*_named(prompts), positions, [1] * len(prompts), max(positions) + 1)
         input_B1 = torch.tensor(tokens, device=self.device)[:, None]
         return self._forward(rows, input_B1, self._slots, None, position_ids=position_B1, attention_mask=mask)
-
-    def _additive(self, seen: Tensor) -> Tensor:
-        # Under autocast queries change their type on the way; a bool mask fits any.
-        if torch.is_autocast_enabled(self.device.type):
-            return seen
-        dtype = self.model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(
-            ~seen, torch.finfo(dtype).min
-        )
 
     def drop(self, slot: int, last: int, last_length: int) -> None:
         """Forget a row; the last one moves into its slot."""
@@ -183,6 +185,16 @@ class SlotBackend:
         with publish_rows(rows), last_positions(self.model, last_B):
             out = self.model(input_ids=input_BT, past_key_values=cache, use_cache=True, **kwargs)
         return out.logits[:, -1].float()
+
+
+def additive_mask(model: PreTrainedModel, seen: Tensor) -> Tensor:
+    """0 where a key is seen and the least number elsewhere, in the model's type; any attention takes it."""
+    # Under autocast queries change their type on the way; a bool mask fits any.
+    if torch.is_autocast_enabled(seen.device.type):
+        return seen
+    return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(model.dtype).min
+    )
 
 
 def _named(prompts: Sequence[PromptRow]) -> tuple[list[int], list[list[int]]]:
@@ -213,27 +225,36 @@ _PROBED: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], bool]] = WeakK
 
 def slots_work(model: PreTrainedModel, device: torch.device, longest: int) -> bool:
     """Whether rows of up to `longest` tokens can share forward passes; probed once a model."""
-    layers = DynamicCache(config=model.config).layers
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+    if not cache_by_position(model, longest):
         return False
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if windows and longest > min(windows):
-        return False
-    attention = getattr(model.config, "_attn_implementation", "")
-    if attention not in ("sdpa", "eager"):
-        return False
-    key = (attention, model.dtype, str(device), torch.is_autocast_enabled(device.type))
+    key = (
+        model.config._attn_implementation,
+        model.dtype,
+        str(device),
+        torch.is_autocast_enabled(device.type),
+    )
     known = _PROBED.setdefault(model, {})
     if key not in known:
-        with _without_hooks(model):
+        with without_hooks(model):
             known[key] = _probe(model, device)
         if not known[key]:
             logger.warning("%s decodes one row at a time (batched decoding differs)", type(model).__name__)
     return known[key]
 
 
+def cache_by_position(model: PreTrainedModel, longest: int) -> bool:
+    """Whether the model's cache is keys and values, all of them kept for rows of up to `longest` tokens."""
+    layers = DynamicCache(config=model.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if windows and longest > min(windows):
+        return False
+    return getattr(model.config, "_attn_implementation", "") in ("sdpa", "eager")
+
+
 @contextmanager
-def _without_hooks(model: PreTrainedModel) -> Iterator[None]:
+def without_hooks(model: PreTrainedModel) -> Iterator[None]:
     """The bare model: a hook may count its calls, or know only the prompts it was made for."""
     kept = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
     for module, _, _ in kept:

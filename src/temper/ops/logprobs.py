@@ -1,13 +1,13 @@
 """Log-probabilities of the tokens that matter: those of replies, and of the first token after a prompt.
 
-Same value whatever the padding, the batch or its order (1e-5 in float32; bit for bit in exact mode).
+Same value whatever the padding, the batch or its order (1e-5 in float32; bit for bit in exact mode). What rows begin
+with in common is computed once, and so is a position that several of them ask about.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from temper.core.errors import DataError, NumericsError
 from temper.core.types import Run
-from temper.ops.batching import Batch, Example, collate, pad_id, plan_batches
-from temper.ops.precision import autocast, eval_mode
+from temper.ops.batching import Batch, Example
+from temper.ops.prefix_tree import TreePass, reading, tree_passes
 from temper.ops.projection import (
+    CHUNK_LOGITS,
     gather_logprobs,
     head_is_plain,
     head_of,
@@ -137,13 +138,17 @@ def response_logprobs(
     a scored token and NumericsError for a value that is not finite.
     """
     _require_scored([sum(example.scored) for example in examples], range(len(examples)))
+    ids = [example.ids for example in examples]
+    # The token at t is predicted at t - 1.
+    at = [[t - 1 for t, scored in enumerate(example.scored) if scored] for example in examples]
     found: list[Tensor] = [torch.zeros(0)] * len(examples)
-    for batch in _batches(system, examples, run, "log-probs"):
-        with _scoring(system, run):
-            scored = score_batch(system.model, batch)
-        parts = scored.logp_S.cpu().split(torch.bincount(scored.row_S, minlength=scored.num_rows).tolist())
-        for row, part in zip(batch.rows, parts, strict=True):
-            found[row] = part
+    with reading(system, run, sum(map(len, ids))):
+        for one in tree_passes(system, ids, at, run, "log-probs"):
+            target_S = torch.tensor([ids[row][t + 1] for row in one.rows for t in at[row]])
+            logp_S = _target_logprobs(system.model, one, target_S)
+            parts = logp_S.split([len(at[row]) for row in one.rows])
+            for row, part in zip(one.rows, parts, strict=True):
+                found[row] = part
     _require_finite(found)
     if reduce == "tokens":
         return found
@@ -152,17 +157,27 @@ def response_logprobs(
     )[: len(found)]
 
 
-def _batches(system: CausalLM, examples: Sequence[Example], run: Run, label: str) -> Iterator[Batch]:
-    plan = plan_batches([len(example.ids) for example in examples], run)
-    for rows in run.ticker(plan, total=len(plan), label=label):
-        yield collate([examples[row] for row in rows], pad_id(system), system.device, rows=rows)
+def _target_logprobs(model: nn.Module, one: TreePass, target_S: Tensor) -> Tensor:
+    """Log-probability of a token after each of the pass's wanted positions, row by row, float32, on the CPU."""
+    node_S, start = torch.cat(one.node_S), 0
+    logp_S = torch.zeros(len(node_S))
+    for logits_CV in _logit_chunks(model, one):
+        here_S = (node_S >= start) & (node_S < start + len(logits_CV))
+        node_S1, target_S1 = (node_S[here_S] - start)[:, None], target_S[here_S][:, None]
+        row = torch.cat([node_S1, target_S1], 1).to(logits_CV.device)
+        logp_S[here_S] = (logits_CV[row[:, 0], row[:, 1]] - logits_CV.logsumexp(-1)[row[:, 0]]).cpu()
+        start += len(logits_CV)
+    return logp_S
 
 
-@contextmanager
-def _scoring(system: CausalLM, run: Run) -> Iterator[None]:
-    """No gradient, no dropout, the run's precision."""
-    with eval_mode(system.model), torch.no_grad(), autocast(run):
-        yield
+def _logit_chunks(model: nn.Module, one: TreePass) -> Iterator[Tensor]:
+    """The logits at the pass's chosen positions in float32, in order, a chunk at a time where the head allows it."""
+    if not head_is_plain(model):
+        yield selected_logits(model, one.inputs, one.at_BT).float()
+        return
+    hidden_SD, num_ids = wanted_hidden(model, one.inputs, one.at_BT)
+    for hidden_CD in hidden_SD.split(max(1, CHUNK_LOGITS // num_ids)):
+        yield head_of(model)(hidden_CD).float()
 
 
 def _require_finite(found: Sequence[Tensor]) -> None:
@@ -236,22 +251,23 @@ def next_token_logits(
     for row, ids in enumerate(prompts_ids):
         if not ids:
             raise DataError("The prompt has no token", where=f"row {row}", cure="Give it some text.")
-    examples = [Example(ids, [False] * len(ids)) for ids in prompts_ids]
     ids_K = (
         None if columns is None else torch.as_tensor(list(columns), dtype=torch.long, device=system.device)
     )
-    logits: list[Tensor] = [torch.zeros(0)] * len(examples)
-    totals, tops = torch.zeros(len(examples)), torch.zeros(len(examples), dtype=torch.long)
-    for batch in _batches(system, examples, run, "first tokens"):
-        last_BT = batch.mask_BT & ~batch.mask_BT.roll(-1, dims=1)
-        last_BT[:, -1] = batch.mask_BT[:, -1]
-        with _scoring(system, run):
-            logits_BV = position_logits(system.model, batch, last_BT)
-        if ids_K is not None:
-            logits_BV = logits_BV / temperature
-            totals[batch.rows], tops[batch.rows] = logits_BV.logsumexp(-1).cpu(), logits_BV.argmax(-1).cpu()
-        kept = (logits_BV if ids_K is None else logits_BV[:, ids_K]).cpu()
-        for row, values in zip(batch.rows, kept, strict=True):
-            logits[row] = values
+    logits: list[Tensor] = [torch.zeros(0)] * len(prompts_ids)
+    totals, tops = torch.zeros(len(logits)), torch.zeros(len(logits), dtype=torch.long)
+    with reading(system, run, sum(map(len, prompts_ids))):
+        for one in tree_passes(
+            system, prompts_ids, [[len(ids) - 1] for ids in prompts_ids], run, "first tokens"
+        ):
+            logits_SV = torch.cat(list(_logit_chunks(system.model, one)))
+            node_B = torch.cat(one.node_S)
+            if ids_K is not None:
+                logits_SV = logits_SV / temperature
+                totals[one.rows] = logits_SV.logsumexp(-1).cpu()[node_B]
+                tops[one.rows] = logits_SV.argmax(-1).cpu()[node_B]
+            kept_SK = (logits_SV if ids_K is None else logits_SV[:, ids_K]).cpu()
+            for row, node in zip(one.rows, node_B.tolist(), strict=True):
+                logits[row] = kept_SK[node]
     stacked = torch.stack(logits) if logits else torch.zeros(0, 0 if columns is None else len(columns))
     return stacked if columns is None else NextToken(stacked, totals, tops)
