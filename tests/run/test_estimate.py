@@ -99,7 +99,7 @@ def test_full_training_costs_more_than_an_adapter_and_writing_more_than_reading(
     lora, test = costs()
     full, _ = costs(sets=("refuse.mode=full",))
     assert full.seconds > 1.3 * lora.seconds
-    assert full.memory_bytes > 2 * lora.memory_bytes
+    assert full.memory_bytes > 1.5 * lora.memory_bytes > 2e9
     step = make_plan(Request(source="refusal-tokens", arms=("category",))).steps[1]
     work = workload.work_of(step)
     read = work._replace(read=work.total, written=0, num_replies=0)

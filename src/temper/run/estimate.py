@@ -23,6 +23,10 @@ __all__ = ["Cost", "check_cost", "count_parameters", "estimate", "free_memory"]
 KNOWN_PARAMETERS = {"smollm2-135m": 134_515_008}
 ADAPTER_SHARE = 0.04
 FLOAT_BYTES = 4
+LIBRARY_BYTES = 0.6e9
+"""A process that has torch and transformers loaded."""
+ACTIVATION_BYTES = 50
+"""Bytes a token in training, times the root of the number of weights (width times layers grows about so)."""
 LOAD_S = 2.0
 """Seconds guessed to load a model."""
 
@@ -59,7 +63,7 @@ def _step_cost(step: PlannedStep, options: Options) -> Cost:
     if parameters is not None:
         if seconds is None and not (parameters and step.loaded is None and "tokens" not in said):
             seconds = _seconds(step, work, parameters, peak, options)
-        memory = memory if memory is not None else _memory(step, parameters)
+        memory = memory if memory is not None else _memory(step, parameters, options)
     disk = int(said.get("disk_bytes", _disk(step, parameters or 0)))
     label = f"{step.id}: {step.verb} {step.method}"
     return Cost(step.name, label, parameters, work.total, seconds, memory, disk)
@@ -101,10 +105,20 @@ def _source(slug: str) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _memory(step: PlannedStep, parameters: int) -> int:
-    """Weights; for a full fit also their gradients and two moments; and room for activations."""
-    copies = 4.0 if _is_full(step) else 1.3
-    return int(parameters * FLOAT_BYTES * copies + 0.3e9) if parameters else 0
+def _memory(step: PlannedStep, parameters: int, options: Options) -> int:
+    """The libraries, the weights with what is kept beside them, and the activations of the largest batch."""
+    if not parameters:
+        return 0
+    if _is_full(step):
+        copies = 5.0  # as they were, as they become, gradients, two moments
+    else:
+        copies = 1.6 if step.verb == "fit" else 1.0 + bool(step.system and step.system.artefacts)
+    settings = vars(step.config)
+    largest = int(settings.get("batch_rows") or 0) * int(settings.get("max_tokens") or 0)
+    at_once = min(options.batch_tokens, largest or options.batch_tokens)
+    kept = 1.0 if step.verb == "fit" else 0.5  # without a backward pass less stays
+    activations = kept * ACTIVATION_BYTES * math.sqrt(parameters) * at_once
+    return int(LIBRARY_BYTES + parameters * FLOAT_BYTES * copies + activations)
 
 
 def _disk(step: PlannedStep, parameters: int) -> int:
