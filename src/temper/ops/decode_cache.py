@@ -27,11 +27,20 @@ class _Plan:
         self.capacity = 0
         self.num_rows = 0
         self.key_len = 0
-        self.flat_B = torch.zeros(0, dtype=torch.long)
+        self.slot_B1 = self.position_B1 = torch.zeros(0, 1, dtype=torch.long)
+        self.flat: dict[int, Tensor] = {}
+
+    def flat_of(self, heads: int) -> Tensor:
+        """Where each row's new column stands, a head after another, in a buffer seen as rows of one head's size."""
+        if heads not in self.flat:
+            head_H = torch.arange(heads, device=self.slot_B1.device)
+            columns_BH = (self.slot_B1 * heads + head_H) * self.capacity + self.position_B1
+            self.flat[heads] = columns_BH.flatten()
+        return self.flat[heads]
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's buffers, shape (width, capacity, key heads, head size)."""
+    """One layer's buffers, shape (width, key heads, capacity, head size)."""
 
     is_sliding = False
     keys: Any
@@ -49,15 +58,15 @@ class _SlotLayer(CacheLayerMixin):
 
     def _buffer(self, like_BHTD: Tensor) -> Tensor:
         _, heads, _, size = like_BHTD.shape
-        return like_BHTD.new_zeros(self.plan.width, self.plan.capacity, heads, size)
+        return like_BHTD.new_zeros(self.plan.width, heads, self.plan.capacity, size)
 
     def grow(self) -> None:
         if not self.is_initialized:
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], self.plan.capacity, *old.shape[2:])
-            new[:, : old.shape[1]] = old
+            new = old.new_zeros(*old.shape[:2], self.plan.capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
     def update(
@@ -69,9 +78,10 @@ class _SlotLayer(CacheLayerMixin):
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
     def _write(self, buffer: Any, states_BH1D: Tensor) -> Tensor:
-        flat = buffer.view(-1, *buffer.shape[2:])
-        flat.index_copy_(0, self.plan.flat_B, states_BH1D[:, :, 0].to(buffer.dtype))
-        return buffer[: self.plan.num_rows, : self.plan.key_len].transpose(1, 2)
+        size = buffer.shape[-1]
+        own = states_BH1D.reshape(-1, size).to(buffer.dtype)
+        buffer.view(-1, size).index_copy_(0, self.plan.flat_of(buffer.shape[1]), own)
+        return buffer[: self.plan.num_rows, :, : self.plan.key_len]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.key_len, 0
@@ -100,8 +110,8 @@ class SlotCache(Cache):
         for layer, keys_HTD, values_HTD in zip(self.slots, keys_L, values_L, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys_HTD[None], values_HTD[None])
-            layer.keys[slot, : keys_HTD.shape[1]] = keys_HTD.transpose(0, 1)
-            layer.values[slot, : values_HTD.shape[1]] = values_HTD.transpose(0, 1)
+            layer.keys[slot, :, : keys_HTD.shape[1]] = keys_HTD
+            layer.values[slot, :, : values_HTD.shape[1]] = values_HTD
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens."""
@@ -113,13 +123,14 @@ class SlotCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot over another."""
         for layer in self.slots:
-            layer.keys[target, :length] = layer.keys[source, :length]
-            layer.values[target, :length] = layer.values[source, :length]
+            layer.keys[target, :, :length] = layer.keys[source, :, :length]
+            layer.values[target, :, :length] = layer.values[source, :, :length]
 
     def begin_step(self, position_B: list[int], device: torch.device) -> None:
         """Say where the next forward pass, of one token a row, writes: row b at position_B[b]."""
         self.reserve(max(position_B) + 1)
         plan = self.plan
         plan.num_rows, plan.key_len = len(position_B), max(position_B) + 1
-        flat = [slot * plan.capacity + position for slot, position in enumerate(position_B)]
-        plan.flat_B = torch.tensor(flat, device=device)
+        plan.slot_B1 = torch.arange(len(position_B), device=device)[:, None]
+        plan.position_B1 = torch.tensor(position_B, device=device)[:, None]
+        plan.flat = {}
