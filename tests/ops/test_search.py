@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from temper.core.errors import ConfigError, DataError, ModelError, NeedsError, NumericsError
 from temper.core.types import Message, Run
-from temper.ops import search_losses
+from temper.ops import prefix_cache, search_losses
 from temper.ops.prefix_cache import PrefixCache
 from temper.ops.search import (
     allowed_mask,
@@ -405,6 +405,52 @@ def test_kept_keys_give_the_losses_of_whole_rows(lively, kind, replace):
     assert slow.std() > 1e-3, "candidates that all score the same would show nothing"
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    kind=st.sampled_from(["llama", "gpt2", "gemma2", "mistral"]),
+    num_slot=st.integers(1, 9),
+    target=st.sampled_from(["Yes", TARGET, TARGET + " in the long grass of the field"]),
+    text=st.sampled_from([PROMPT, "Now {optim_str} fold it.", PROMPT * 9]),
+    budget=st.sampled_from([1, 60, 4096]),
+    seed=st.integers(0, 99),
+)
+def test_losses_of_any_slot_prompt_and_target_are_those_of_whole_rows(
+    lively, kind, num_slot, target, text, budget, seed
+):
+    """Positions, lengths, models and batches drawn at random; the gradient's keys serve the losses after it."""
+    system = lively(kind, "eager" if kind in EAGER else "sdpa")
+    kept = scorer_of(system, prompt=text, target=target, run=Run(batch_tokens=budget))
+    current = torch.randint(4, 512, (num_slot,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for _ in range(2):
+        kept.gradient(current)
+        rows = draw(current, 9, seed, replace=min(2, num_slot))
+        slow = slow_losses(system, kept.prompt, rows)
+        torch.testing.assert_close(kept.losses(rows, current).loss_K, slow, atol=1e-4, rtol=1e-5)
+        current = rows[0].tolist()
+    assert kept.reuses_prefix
+
+
+def test_the_gradients_pass_leaves_the_slots_keys(lively):
+    """After a gradient on the same slot nothing of it is run again; after one on another slot it is."""
+    scorer = scorer_of(lively("llama"))
+    current = [40, 50, 60, 70, 80, 90]
+    rows = draw(current, 12)
+    plain = scorer.losses(rows, current).loss_K
+    spent = scorer.tokens
+    again = scorer.losses(rows, current).loss_K
+    whole = scorer.tokens - spent
+    scorer.gradient(current)
+    spent = scorer.tokens
+    torch.testing.assert_close(scorer.losses(rows, current).loss_K, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again, plain)
+    deepest = int((rows != torch.tensor(current)).int().argmax(1).max())
+    assert whole - (scorer.tokens - spent) == deepest
+    scorer.gradient([7, *current[1:]])
+    spent = scorer.tokens
+    torch.testing.assert_close(scorer.losses(rows, current).loss_K, plain, atol=1e-5, rtol=1e-5)
+    assert scorer.tokens - spent == whole
+
+
 def test_a_model_without_such_a_cache_is_scored_in_whole_rows(lively, caplog):
     system = lively("mamba", "eager")
     scorer = scorer_of(system)
@@ -426,6 +472,29 @@ def test_keys_that_change_the_losses_are_not_trusted(lively, monkeypatch):
     found = scorer.losses(rows, [40, 50, 60])
     assert not scorer.reuses_prefix
     torch.testing.assert_close(found.loss_K, slow_losses(system, scorer.prompt, rows), atol=1e-4, rtol=1e-5)
+
+
+def test_attention_that_reads_the_prefix_once_is_given_up_where_it_changes_the_losses(lively, monkeypatch):
+    """Then each row has its copy of the prefix, still cheaper than whole rows."""
+    system = lively("llama")
+    real, calls = prefix_cache._attend, []
+
+    def wrong(*args, **more):
+        calls.append(1)
+        out, weights = real(*args, **more)
+        return out * 1.1, weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, prefix_cache.READ_ONCE, wrong)
+    scorer = scorer_of(system)
+    rows = draw([40, 50, 60], 6)
+    for _ in range(2):
+        found = scorer.losses(rows, [40, 50, 60]).loss_K
+        torch.testing.assert_close(found, slow_losses(system, scorer.prompt, rows), atol=1e-4, rtol=1e-5)
+    assert calls
+    assert scorer.reuses_prefix
+    calls.clear()
+    scorer.losses(rows, [40, 50, 60])
+    assert not calls
 
 
 def test_a_hook_in_the_model_means_whole_rows(lively):
@@ -577,3 +646,42 @@ def test_a_prefix_is_read_and_never_changed(lively):
     assert short.num_tokens == 2
     assert short.prefix[0].keys.data_ptr() == prefix.prefix[0].keys.data_ptr(), "a view"
     assert prefix.extended(model, []) is prefix
+    with pytest.raises(NeedsError, match="reads no keys"):
+        prefix.recorder().recorded()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    kind=st.sampled_from(["llama", "gpt2", "gemma", "neox", "qwen2", "mistral"]),
+    num_prefix=st.integers(1, 40),
+    num_own=st.integers(1, 30),
+    num_rows=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_a_prefix_read_once_gives_the_logits_of_whole_texts(
+    lively, kind, num_prefix, num_own, num_rows, seed
+):
+    """Also past a sliding window, with key heads shared or not; afterwards the model is as it was."""
+    model = lively(kind).model
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randint(4, 512, (num_prefix,), generator=generator)
+    rows = torch.randint(4, 512, (num_rows, num_own), generator=generator)
+    prefix = PrefixCache.empty(model).extended(model, head.tolist())
+    with torch.no_grad():
+        copied = model(input_ids=rows, past_key_values=prefix).logits
+        with prefix_cache.read_once(model, prefix):
+            once = model(input_ids=rows, past_key_values=prefix).logits
+        whole = model(input_ids=torch.cat([head.expand(num_rows, -1), rows], dim=1)).logits[:, num_prefix:]
+        torch.testing.assert_close(once, whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(once, copied, atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(input_ids=rows, past_key_values=prefix).logits, copied)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_only_plain_sdpa_reads_a_prefix_once(lively):
+    eager = lively("gemma2", "eager").model
+    prefix = PrefixCache.empty(eager).extended(eager, [5, 6, 7])
+    with prefix_cache.read_once(eager, prefix):
+        assert eager.config._attn_implementation == "eager"
+    with pytest.raises(RuntimeError, match="more than a softmax"):
+        prefix_cache._attend(None, None, None, None, None, softcap=50.0)

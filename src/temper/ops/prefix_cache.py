@@ -2,20 +2,31 @@
 
 transformers' own caches grow with every forward pass that is given one. Here a pass sees the prefix in front of its
 own tokens and leaves it as it was, so one prefix serves every batch, and a shorter one is a view of it.
+
+Inside `read_once` attention multiplies all rows' queries with the one prefix, and no key is repeated for a row or a
+query head; elsewhere every layer in turn joins a copy of the prefix to each row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
 
 from temper.core.errors import NeedsError
 
-__all__ = ["PrefixCache"]
+__all__ = ["PrefixCache", "read_once"]
+
+READ_ONCE = "temper_prefix"
+"""The name that models know this attention by."""
+_READ: ContextVar[PrefixCache] = ContextVar("read")
 
 
 class _PrefixLayer(CacheLayerMixin):
@@ -29,7 +40,8 @@ class _PrefixLayer(CacheLayerMixin):
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
-        self.seen: tuple[Tensor, Tensor] | None = None
+        self.records = self.apart = False
+        self.seen: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the prefix is there from the start."""
@@ -37,9 +49,13 @@ class _PrefixLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Prefix and own states together; the prefix stays as it is, what was seen is kept for `extended`."""
-        self.seen = self._behind(self.keys, key_states), self._behind(self.values, value_states)
-        return self.seen
+        """Prefix and own states together, or inside `read_once` the own alone; the prefix stays as it is."""
+        if self.apart:
+            return key_states, value_states
+        keys, values = self._behind(self.keys, key_states), self._behind(self.values, value_states)
+        if self.records:
+            self.seen = keys.detach(), values.detach()
+        return keys, values
 
     def _behind(self, prefix: Tensor | None, own: Tensor) -> Tensor:
         if prefix is None:
@@ -79,6 +95,21 @@ class PrefixCache(Cache):
             return PrefixCache([(None, None)] * len(self.prefix))
         return PrefixCache([_first(layer.keys, layer.values, num_tokens) for layer in self.prefix])
 
+    def recorder(self) -> PrefixCache:
+        """The same prefix, for one pass of one row: it keeps what the pass saw for `recorded`."""
+        own = self.first(self.num_tokens)
+        for layer in own.prefix:
+            layer.records = True
+        return own
+
+    def recorded(self) -> PrefixCache:
+        """The prefix with the pass's own tokens behind it. Raises NeedsError where the model ignored the cache."""
+        if self.prefix[0].seen[0] is None:
+            raise NeedsError(
+                "The model reads no keys and values it is given", cure="Run it over whole texts."
+            )
+        return PrefixCache([layer.seen for layer in self.prefix])
+
     @torch.no_grad()
     def extended(self, model: Any, ids: Sequence[int]) -> PrefixCache:
         """The prefix with `ids` behind it; costs a forward pass over them, without the vocabulary projection.
@@ -88,15 +119,9 @@ class PrefixCache(Cache):
         if not ids:
             return self
         device = model.get_input_embeddings().weight.device
-        # Cropped to itself: what the pass leaves behind goes with the copy.
-        own = self.first(self.num_tokens)
+        own = self.recorder()
         model(input_ids=torch.tensor([list(ids)], device=device), past_key_values=own, logits_to_keep=1)
-        if own.prefix[0].seen is None:
-            raise NeedsError(
-                f"{type(model).__name__} reads no keys and values it is given",
-                cure="Run it over whole texts.",
-            )
-        return PrefixCache([layer.seen or (None, None) for layer in own.prefix])
+        return own.recorded()
 
 
 def _first(
@@ -105,3 +130,67 @@ def _first(
     if keys is None or values is None:  # a layer that a shortened model never reaches
         return None, None
     return keys[..., :num_tokens, :], values[..., :num_tokens, :]
+
+
+@contextmanager
+def read_once(model: Any, cache: PrefixCache) -> Iterator[None]:
+    """Inside the block a pass of `model` over `cache` repeats no key of it; without gradient.
+
+    A change for models that attend by `sdpa` through transformers' interface; one that does so in its own way raises
+    there. Nothing changes for other attention, or where the prefix is empty.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or not cache.num_tokens:
+        yield
+        return
+    token = _READ.set(cache)
+    config._attn_implementation = READ_ONCE
+    for layer in cache.prefix:
+        layer.apart = True
+    try:
+        yield
+    finally:
+        for layer in cache.prefix:
+            layer.apart = False
+        config._attn_implementation = "sdpa"
+        _READ.reset(token)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q [prefix keys, own keys]^T scaling + mask) [prefix values, own values], (B, T, H, width).
+
+    All heads' and rows' queries of a key head meet its prefix in one product: (key heads, B x group x T, width).
+    """
+    if any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise RuntimeError("this attention is more than a softmax of products")
+    layer = _READ.get().prefix[module.layer_idx]
+    (num_rows, num_heads, num_tokens, width), heads = query.shape, key.shape[1]
+    group = num_heads // heads
+    joint = (heads, num_rows * group * num_tokens, -1)
+    by_row = (heads, num_rows, group * num_tokens, -1)
+    query = query.reshape(num_rows, heads, -1, width).transpose(0, 1).contiguous()
+    query = query * (width**-0.5 if scaling is None else scaling)
+    before = query.reshape(joint) @ layer.keys[0].to(query.dtype).mT
+    scores = torch.cat([before.view(by_row), query @ key.transpose(0, 1).mT], dim=-1)
+    if attention_mask is not None:
+        apart = scores.view(heads, num_rows, group, num_tokens, -1)
+        apart.masked_fill_(~attention_mask[:, 0, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    first = before.shape[-1]
+    out = weights[..., first:] @ value.transpose(0, 1)
+    out += (weights[..., :first].reshape(joint) @ layer.values[0].to(value.dtype)).view(by_row)
+    # A head is (key head, its place in the group).
+    parts = out.view(heads, num_rows, group, num_tokens, -1).permute(1, 3, 0, 2, 4)
+    return parts.reshape(num_rows, num_tokens, num_heads, -1), None
+
+
+AttentionInterface.register(READ_ONCE, _attend)
+AttentionMaskInterface.register(READ_ONCE, sdpa_mask)

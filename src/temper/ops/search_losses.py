@@ -4,7 +4,8 @@ Ids: before (P tokens) | slot (N) | after | target (M). A candidate that differs
 f has the current slot's keys and values up to P + f, so only the tokens from there on run:
 
     position     0 .. P-1 | P .. P+f-1 | P+f .. P+N-1 | after | target[:-1]
-                 kept: `before`, once   kept: this step     run, for every candidate
+                 kept: `before`, once   kept: this step,    run, for every candidate
+                           from the gradient
     predicted by the last M of these positions: target[0] .. target[M-1]
 
 Candidates are sorted by f and scored in batches of equal or neighbouring f. Only the target's positions (and the
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from temper.core.errors import NeedsError
 from temper.core.types import Run
 from temper.ops.hooks import is_hooked
 from temper.ops.precision import autocast, eval_mode
-from temper.ops.prefix_cache import PrefixCache
+from temper.ops.prefix_cache import PrefixCache, read_once
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, selected_logits, wanted_hidden
 from temper.ops.search import embedding_table, project_on_tokens
 from temper.ops.search_prompt import SlotPrompt
@@ -93,7 +94,9 @@ class SlotScorer:
         self.max_rows: int | None = None
         self._reuse = reuse_prefix
         self._checked = False
+        self._once = True
         self._before: PrefixCache | None = None
+        self._slot: tuple[list[int], PrefixCache] | None = None
         self._tail = torch.tensor([*prompt.after, *prompt.target[:-1]], dtype=torch.long)
         self._head = torch.tensor(prompt.before, dtype=torch.long)
 
@@ -108,11 +111,13 @@ class SlotScorer:
         """dL/dO for the slot's one-hot rows O, (N, V), float32."""
         num = len(ids_N)
         with self._passes():
-            cache = self._kept_before() if self.reuses_prefix and self._checked else None
+            cache = self._kept_before().recorder() if self.reuses_prefix and self._checked else None
         start = cache.num_tokens if cache is not None else 0
         row_1T = self._rows(torch.tensor([list(ids_N)]))[:, start:]
         self.tokens += row_1T.shape[1]
         grad_TD = self._embedding_gradient(row_1T, cache, start, num)
+        if cache is not None:
+            self._slot = list(ids_N), cache.recorded()
         at = len(self.prompt.before) - start
         return project_on_tokens(grad_TD[at : at + num], embedding_table(self.model))
 
@@ -153,23 +158,28 @@ class SlotScorer:
     def _first_time(self, ids_KN: Tensor, current_N: Sequence[int]) -> Scores:
         """Kept keys and values are trusted after they gave the losses of a fresh pass."""
         self._checked = True
-        ends = ids_KN[[0, -1]]
-        tolerance = _tolerance(self.prompt.system.dtype, self.run)
-        fresh = self._whole(ends)
-        try:
-            found = self._cached(ids_KN, current_N)
-            near = torch.allclose(found.loss_K[[0, -1]], fresh.loss_K, rtol=tolerance, atol=tolerance)
-        except (NeedsError, *PROBE_ERRORS) as error:
-            if _is_out_of_memory(error):
-                raise
-            near = False
-        if near:
-            return found
+        fresh = self._whole(ids_KN[[0, -1]])
+        for self._once in (True, False):
+            found = self._if_near(ids_KN, current_N, fresh)
+            if found is not None:
+                return found
         self._reuse = False
         logger.warning(
             "%s is scored without kept keys and values (they change its losses)", type(self.model).__name__
         )
         return self._whole(ids_KN)
+
+    def _if_near(self, ids_KN: Tensor, current_N: Sequence[int], fresh: Scores) -> Scores | None:
+        """The losses on kept keys and values, if the first and the last agree with `fresh`."""
+        tolerance = _tolerance(self.prompt.system.dtype, self.run)
+        try:
+            found = self._cached(ids_KN, current_N)
+        except (NeedsError, *PROBE_ERRORS) as error:
+            if _is_out_of_memory(error):
+                raise
+            return None
+        near = torch.allclose(found.loss_K[[0, -1]], fresh.loss_K, rtol=tolerance, atol=tolerance)
+        return found if near else None
 
     def _cached(self, ids_KN: Tensor, current_N: Sequence[int]) -> Scores:
         num = ids_KN.shape[1]
@@ -179,11 +189,8 @@ class SlotScorer:
         if self.loss.control_weight:
             first_K = torch.zeros_like(first_K)
         order_K = first_K.argsort(stable=True)
-        before = self._kept_before()
         # In exact mode the kept part may not depend on the other candidates.
-        deepest = num - 1 if self.run.exact else int(first_K.max())
-        cache = before.extended(self.model, list(current_N)[:deepest])
-        self.tokens += deepest
+        cache = self._kept_slot(list(current_N), num - 1 if self.run.exact else int(first_K.max()))
         parts = []
         for rows, first in self._batches(first_K[order_K].tolist(), num):
             start = max(len(self.prompt.before) + first - bool(self.loss.control_weight), 0)
@@ -244,10 +251,12 @@ class SlotScorer:
         num_at = int(at_T.sum())
         losses, hits = [], []
         at_BT = at_T.expand(len(rows_BT), -1)
-        for part, logits_BSV in self._logits(self._inputs(rows_BT, cache), at_BT, num_at):
-            loss_B, hit_B = self._judged(logits_BSV.float(), ids_BN[part].to(self.device))
-            losses.append(loss_B)
-            hits.append(hit_B)
+        reads = read_once(self.model, cache) if cache is not None and self._once else nullcontext()
+        with reads:
+            for part, logits_BSV in self._logits(self._inputs(rows_BT, cache), at_BT, num_at):
+                loss_B, hit_B = self._judged(logits_BSV.float(), ids_BN[part].to(self.device))
+                losses.append(loss_B)
+                hits.append(hit_B)
         self.tokens += rows_BT.numel()
         return Scores(torch.cat(losses).cpu(), torch.cat(hits).cpu())
 
@@ -310,6 +319,13 @@ class SlotScorer:
             self._before = PrefixCache.empty(self.model).extended(self.model, self.prompt.before)
             self.tokens += len(self.prompt.before)
         return self._before
+
+    def _kept_slot(self, current_N: list[int], num_tokens: int) -> PrefixCache:
+        """Keys and values up to the slot's token `num_tokens`, or beyond where a gradient was taken on this slot."""
+        if self._slot is not None and self._slot[0] == current_N:
+            return self._slot[1]
+        self.tokens += num_tokens
+        return self._kept_before().extended(self.model, current_N[:num_tokens])
 
     @contextmanager
     def _passes(self) -> Iterator[None]:

@@ -28,7 +28,7 @@ from temper.ops.search_losses import SlotLoss, SlotScorer
 from temper.ops.search_prompt import initial_ids, slot_prompt
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["attack", "estimate", "optimise", "prepare", "universal"]
+__all__ = ["attack", "estimate", "open_search", "optimise", "prepare", "universal"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,25 @@ def _universal(
 
 def optimise(by_model: Sequence[Sequence[Goal]], allowed_V: Tensor, config: Config, run: Run) -> Search:
     """The finished search over goals, `by_model[m][p]` being goal p on model m."""
+    search = open_search(by_model, allowed_V, config, run, _generator(run.seed, by_model[0]))
+    grows = config.universal and config.progressive
+    for step in run.ticker(range(config.num_steps), total=config.num_steps, label="gcg"):
+        if config.early_stop and search.best.is_hit and not grows:
+            break
+        search.step()
+        if (step + 1) % config.check_every == 0 and _checked(search, by_model, config, run, grows):
+            break
+    return search
+
+
+def open_search(
+    by_model: Sequence[Sequence[Goal]],
+    allowed_V: Tensor,
+    config: Config,
+    run: Run,
+    generator: torch.Generator,
+) -> Search:
+    """The search before its first step; progressive ones begin with the first goal on the first model."""
     loss = SlotLoss(
         kind=config.loss,
         alpha=config.mellowmax_alpha,
@@ -145,18 +164,10 @@ def optimise(by_model: Sequence[Sequence[Goal]], allowed_V: Tensor, config: Conf
         for number, goal in enumerate(goals)
     ]
     start = initial_ids([member.scorer.prompt for member in members], config.suffix_tokens, config.init)
-    search = Search(members, start, allowed_V, config, _generator(run.seed, by_model[0]))
+    search = Search(members, start, allowed_V, config, generator)
     if config.draft:
         search.draft = _draft(search, config, run)
-    grows = config.universal and config.progressive
-    active = [member for member in members if not grows or (member.model == 0 and member.goal == 0)]
-    search.begin(active)
-    for step in run.ticker(range(config.num_steps), total=config.num_steps, label="gcg"):
-        if config.early_stop and search.best.is_hit and not grows:
-            break
-        search.step()
-        if (step + 1) % config.check_every == 0 and _checked(search, members, by_model, config, run, grows):
-            break
+    search.begin(members[:1] if config.universal and config.progressive else members)
     return search
 
 
@@ -167,14 +178,10 @@ def _generator(seed: int, goals: Sequence[Goal]) -> torch.Generator:
 
 
 def _checked(
-    search: Search,
-    members: Sequence[Member],
-    by_model: Sequence[Sequence[Goal]],
-    config: Config,
-    run: Run,
-    grows: bool,
+    search: Search, by_model: Sequence[Sequence[Goal]], config: Config, run: Run, grows: bool
 ) -> bool:
     """Look at replies: add a goal, then a model, when all that count succeed; True when the search may stop."""
+    members = search.all_members
     may_stop = config.stop_loss > 0 and search.best.loss < config.stop_loss
     if not (may_stop or (grows and len(search.members) < len(members))):
         return False
