@@ -18,6 +18,7 @@ from temper.ops.search import (
     combine_gradients,
     distinct,
     embedding_table,
+    first_order,
     gradient_choices,
     project_on_tokens,
     propose,
@@ -152,6 +153,25 @@ def test_gradients_of_prompts_and_models_by_hand():
     assert torch.allclose(both, torch.tensor([[1.0, 1.0]])), "no model outshouts another"
     assert combine_gradients([[torch.ones(2, 5)], [torch.ones(2, 3)]]).shape == (2, 3)
     assert torch.isfinite(combine_gradients([[torch.zeros(1, 2)]])).all()
+
+
+def test_what_a_gradient_foresees_by_hand_and_in_the_limit(lively):
+    grad = torch.tensor([[1.0, 2.0, 5.0], [0.0, -3.0, 1.0]])
+    rows = torch.tensor([[1, 0], [2, 0], [1, 1], [0, 2]])
+    assert first_order(grad, rows, [1, 0]).tolist() == [0.0, 3.0, -3.0, 0.0]
+    system = lively("llama")
+    scorer, current = scorer_of(system), [40, 50, 60]
+    weight, old = (
+        system.model.get_input_embeddings().weight,
+        system.model.get_input_embeddings().weight.clone(),
+    )
+    with torch.no_grad():  # token 300 lies close to token 50
+        weight[300] = old[50] + 1e-3 * old[301]
+    rows = torch.tensor([[40, 50, 60], [40, 300, 60]])
+    loss = scorer_of(system, reuse=False).losses(rows, current).loss_K
+    foreseen = first_order(scorer.gradient(current), rows, current)
+    assert foreseen[0] == 0
+    assert foreseen[1].item() == pytest.approx((loss[1] - loss[0]).item(), rel=0.2, abs=2e-5)
 
 
 @given(st.floats(0.01, 100.0))

@@ -21,6 +21,7 @@ __all__ = [
     "combine_gradients",
     "distinct",
     "embedding_table",
+    "first_order",
     "gradient_choices",
     "project_on_tokens",
     "propose",
@@ -111,6 +112,13 @@ def combine_gradients(grads_by_model: Sequence[Sequence[Tensor]]) -> Tensor:
         total = unit_NV if total is None else total + unit_NV.to(total.device)
     assert total is not None
     return total
+
+
+def first_order(grad_NV: Tensor, ids_KN: Tensor, current_N: Sequence[int]) -> Tensor:
+    """The change of loss that the gradient foresees for each candidate, (K,): sum_i G[i, new_i] - G[i, old_i]."""
+    rows_N = torch.arange(len(current_N))
+    here_N = grad_NV[rows_N, torch.tensor(list(current_N))]
+    return (grad_NV[rows_N, ids_KN] - here_N).sum(-1).cpu()
 
 
 def gradient_choices(grad_NV: Tensor, allowed_V: Tensor, num: int) -> Tensor:

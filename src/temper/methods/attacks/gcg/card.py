@@ -40,8 +40,9 @@ Departures    1. Filter: a candidate counts only if the whole rendered prompt wi
               7. Refusal prefixes are asked of a reply every `check_every` steps, in the released code every step.
               8. Early stop returns a string that was seen to hit the whole target, the best of those; elsewhere the
                  lowest loss of that step is returned, hit or not.
-              9. The draft of probe sampling shares the vocabulary: another model with the same tokenizer, or the first
-                 layers of the attacked one; the original re-tokenises for a foreign draft.
+              9. The draft of probe sampling shares the vocabulary: another model with the same tokenizer, the first
+                 layers of the attacked one, or the change of loss that the step's own gradient foresees, which costs
+                 no pass; the original re-tokenises for a foreign draft.
              10. success: a harmful goal succeeds when the judge sees no refusal, a benign one when the reply holds the
                  target. The string rule, the judge and the match all stand in the detail.
 
@@ -112,7 +113,7 @@ class Config:
     check_every: int = 10
     """Steps between the replies that stop_loss and progressive look at."""
     draft: str = ""
-    """Probe sampling: `layers:K` for the model's first K layers, or a base model with the same tokenizer."""
+    """Probe sampling: `gradient` (no pass of its own), `layers:K` for the model's first K layers, or a base model."""
     draft_reduction: float = 8.0
     """Probe sampling: R."""
     keep_prefix: bool = True
@@ -134,6 +135,8 @@ class Config:
             raise ValueError("num_steps and buffer_size may not be negative")
         if self.num_replace > 1 and self.positions == "even":
             raise ValueError("num_replace above 1 needs positions: uniform")
+        if self.draft == "gradient" and self.search == "random":
+            raise ValueError("draft: gradient needs search: gradient")
         if self.num_replace > self.suffix_tokens and not self.init:
             raise ValueError("num_replace exceeds suffix_tokens")
         if min(self.mellowmax_alpha, self.draft_reduction) <= 0:

@@ -22,7 +22,7 @@ from temper.methods.attacks.gcg import outcomes as results
 from temper.methods.attacks.gcg.card import Config
 from temper.methods.attacks.gcg.outcomes import Goal, Outcome
 from temper.methods.attacks.gcg.probe import first_layers, num_layers_of, open_draft
-from temper.methods.attacks.gcg.steps import Draft, Member, Search
+from temper.methods.attacks.gcg.steps import GRADIENT, Draft, Member, Search
 from temper.ops.search import allowed_mask, require_same_vocabulary
 from temper.ops.search_losses import SlotLoss, SlotScorer
 from temper.ops.search_prompt import initial_ids, slot_prompt
@@ -63,9 +63,8 @@ def prepare(system: CausalLM, records: Sequence[Any], config: Config) -> list[Go
                 where=f"goal {number} ({record.id})",
                 cure="Give each a `target`: how the wanted reply begins, e.g. 'Sure, here is a riddle'.",
             )
-        name = (
-            record.prompt if prompts.count(record.prompt) == 1 else f"{record.prompt} [{record.id or number}]"
-        )
+        is_alone = prompts.count(record.prompt) == 1
+        name = record.prompt if is_alone else f"{record.prompt} [{record.id or number}]"
         prompt = slot_prompt(system, record.prompt, str(record.target), opening=_opening(system, config))
         goals.append(Goal(name, record, prompt))
     return goals
@@ -214,7 +213,9 @@ def _says(goal: Goal, ids: Sequence[int], config: Config, run: Run) -> bool:
 
 
 def _draft(search: Search, config: Config, run: Run) -> Draft:
-    """The mean draft loss of the members that count."""
+    """What ranks candidates: the mean draft loss of the members that count, or the step's gradient."""
+    if config.draft == GRADIENT:
+        return search.foreseen
     system = search.all_members[0].scorer.prompt.system
     num_layers = num_layers_of(config.draft, system)
     opened = system if num_layers else open_draft(config.draft, system, run)

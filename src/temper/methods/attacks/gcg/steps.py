@@ -17,14 +17,24 @@ from torch import Tensor
 from temper.core.errors import DataError, NumericsError
 from temper.methods.attacks.gcg.card import Config
 from temper.methods.attacks.gcg.probe import probe_sample
-from temper.ops.search import combine_gradients, distinct, gradient_choices, propose, random_choices
+from temper.ops.search import (
+    combine_gradients,
+    distinct,
+    first_order,
+    gradient_choices,
+    propose,
+    random_choices,
+)
 from temper.ops.search_losses import Scores, SlotScorer
 from temper.ops.search_prompt import exact_rows
 
-__all__ = ["Best", "Member", "Search", "takes_worse"]
+__all__ = ["GRADIENT", "Best", "Member", "Search", "takes_worse"]
 
 ROUNDS = 8
 """Times that candidates are drawn before giving up."""
+
+GRADIENT = "gradient"
+"""The draft that costs no pass: what the step's own gradient foresees for a candidate."""
 
 Draft = Callable[[Tensor, Sequence[int]], Tensor]
 """Draft losses of candidates, given the current slot."""
@@ -62,6 +72,7 @@ class Search:
     config: Config
     generator: torch.Generator
     draft: Draft | None = None
+    grad_NV: Tensor | None = None
     loss: float = math.nan
     best: Best = field(default_factory=lambda: Best(math.inf, []))
     curve: list[float] = field(default_factory=list)
@@ -102,7 +113,14 @@ class Search:
             return random_choices(len(self.current), self.allowed_V)
         grouped = groupby(sorted(self.members, key=lambda m: m.model), key=lambda m: m.model)
         grads = [[member.scorer.gradient(self.current) for member in group] for _, group in grouped]
+        if self.config.draft == GRADIENT:
+            self.grad_NV = torch.stack(grads[0]).sum(0)
         return gradient_choices(combine_gradients(grads), self.allowed_V, self.config.topk)
+
+    def foreseen(self, ids_KN: Tensor, current_N: Sequence[int]) -> Tensor:
+        """The draft of the gradient: the first model's goals, to first order."""
+        assert self.grad_NV is not None
+        return first_order(self.grad_NV, ids_KN, current_N)
 
     def candidates(self) -> Tensor:
         """Candidates that survive the filter, (K, N), at most num_candidates."""

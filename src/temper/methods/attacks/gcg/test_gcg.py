@@ -342,10 +342,20 @@ def test_departure_9_drafts(system: CausalLM) -> None:
     for bad in ("layers:2", "layers:0", "layers:x"):
         with pytest.raises(ConfigError, match="no shorter model"):
             num_layers_of(bad, system)
-    for draft in ("layers:1", "tiny:gpt2"):
+    for draft in ("gradient", "layers:1", "tiny:gpt2"):
         full, probed = (run_on(system, GOALS[:1], draft=name, num_candidates=48)[0] for name in ("", draft))
         assert probed.cost["queries"] < full.cost["queries"] / 2
         assert probed.detail["best_loss"] <= probed.detail["start_loss"]
+
+
+def test_the_gradient_drafts_without_a_pass_of_its_own(system: CausalLM) -> None:
+    """Every token run is the gradient's, the probe set's or the filtered set's."""
+    plain, probed = (search_of(system, draft=draft, num_candidates=48) for draft in ("", "gradient"))
+    assert probed.members[0].scorer.tokens < plain.members[0].scorer.tokens / 2
+    assert probed.draft == probed.foreseen
+    probed.choices()
+    assert probed.grad_NV is not None
+    torch.testing.assert_close(probed.grad_NV, probed.members[0].scorer.gradient(probed.current))
 
 
 def test_departure_10_success_is_the_match_for_benign_goals_and_the_judge_for_others(
@@ -492,7 +502,14 @@ def test_a_loss_of_nan_stops_the_search(system: CausalLM) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"topk": 0}, {"num_steps": -1}, {"mellowmax_alpha": 0.0}, {"check_every": 0}, {"positions": "odd"}],
+    [
+        {"topk": 0},
+        {"num_steps": -1},
+        {"mellowmax_alpha": 0.0},
+        {"check_every": 0},
+        {"positions": "odd"},
+        {"draft": "gradient", "search": "random"},
+    ],
 )
 def test_bad_settings(system: CausalLM, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
