@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from temper.core.card import Card, Verb
 from temper.core.errors import ConfigError, DataError, NeedsError, nearest
-from temper.systems.names import check_base
+from temper.systems.names import check_base, names_encoder
 
 if TYPE_CHECKING:
     from temper.data.schemas import Data
@@ -35,7 +35,9 @@ def check_verb(slug: str, card: Card, verb: str) -> None:
 
 def kind_of(base: str) -> str:
     """The kind of System a base name will load as, as far as the name says."""
-    return "Remote" if base.startswith("openai:") else "CausalLM"
+    if base.startswith("openai:"):
+        return "Remote"
+    return "Encoder" if names_encoder(base) else "CausalLM"
 
 
 def wants_system(card: Card) -> bool:
@@ -48,7 +50,11 @@ def check_kind(slug: str, card: Card, base: str) -> None:
     check_base(base)
     kind = kind_of(base)
     lacking = sorted(card.needs - REMOTE_CAPABILITIES) if kind == "Remote" else []
-    # A name says for sure only that it is an endpoint; local kinds are known once loaded.
+    if kind == "Encoder" and kind not in card.kinds:
+        raise NeedsError(
+            f"{slug!r} runs on {', '.join(card.kinds)}; {base!r} is an encoder", cure="Use a language model."
+        )
+    # A name says for sure only that it is an endpoint or an encoder; other kinds are known once loaded.
     if kind == "Remote" and ("Remote" not in card.kinds or lacking):
         why = f"needs {', '.join(lacking)}" if lacking else f"runs on {', '.join(card.kinds)}"
         raise NeedsError(f"{slug!r} {why}; {base!r} is an endpoint", cure="Use a local model.")

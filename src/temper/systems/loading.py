@@ -18,8 +18,20 @@ from temper.core.errors import ConfigError, DataError, ModelError, NeedsError, n
 from temper.systems.base import System
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
-from temper.systems.names import ASSETS, FORMS, check_base, check_folder, known_bases
-from temper.systems.tiny import build_tiny
+from temper.systems.encoder import Encoder
+from temper.systems.names import (
+    ASSETS,
+    ENCODER_ASSETS,
+    FORMS,
+    check_base,
+    check_folder,
+    is_encoder,
+    known_bases,
+    names_encoder,
+)
+from temper.systems.row_attention import use_rows
+from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_layout
+from temper.systems.tiny import build_tiny, build_tiny_encoder
 
 __all__ = ["ASSETS", "available_bytes", "known_bases", "load_base", "parse_dtype"]
 
@@ -68,8 +80,8 @@ def load_base(
     """The system a name stands for; safetensors only, and no code from a model's repository by default.
 
     `attention="sdpa"` becomes eager where the architecture has no sdpa. `tiny:ARCH[:SEED]` is a random model. `chat_template` is a template file that replaces the
-    tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is not a causal
-    LM or has no safetensors, NeedsError when memory, device or network are missing.
+    tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is neither a causal
+    LM nor an encoder or has no safetensors, NeedsError when memory, device or network are missing.
     """
     check_base(name)
     if name.startswith("openai:"):
@@ -83,6 +95,9 @@ def load_base(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
+    source = _encoder_source(name, wanted)
+    if source is not None:
+        return _load_encoder(source, name, wanted)
     model, tokenizer = _load_tiny(name, wanted) if name.startswith("tiny:") else _load_named(name, wanted)
     if chat_template is None:
         chat = Chat(tokenizer, system_prompt, plain=plain)
@@ -110,6 +125,70 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     free = [size for size in (_free_memory(), _free_in_group()) if size is not None]
     return min(free) if free else None
+
+
+def _encoder_source(name: str, wanted: _Wanted) -> str | None:
+    """The folder of the encoder that a name stands for, fetched if need be, or its tiny name; None for other models."""
+    if name in ENCODER_ASSETS:
+        from temper.data import assets
+
+        return str(assets.fetch(name))
+    folder = Path(name).expanduser()
+    if names_encoder(name):
+        return str(folder) if folder.is_dir() else name
+    if name in ASSETS or name.startswith("tiny:") or folder.is_dir():
+        return None
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig
+
+    with _explained_errors(name):
+        config = AutoConfig.from_pretrained(name, **wanted.common())
+        if not is_encoder(config.model_type, config.architectures):
+            return None
+        kinds = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return snapshot_download(name, revision=wanted.revision, allow_patterns=kinds)
+
+
+def _load_encoder(source: str, name: str, wanted: _Wanted) -> Encoder:
+    """An encoder with what its folder says of pooling; without such files it takes the mean and nothing else."""
+    if source.startswith("tiny:"):
+        _, architecture, *rest = source.split(":")
+        model, tokenizer = build_tiny_encoder(architecture, *(int(part) for part in rest))
+        layout, dense = Layout(), list[Dense]()
+    else:
+        check_folder(Path(source), name)
+        _check_memory(_count_weights(None, Path(source), wanted), name, wanted)
+        with _bars_as_due(is_download=False), _explained_errors(name):
+            layout, dense = read_layout(Path(source))
+            model, tokenizer = _read_encoder(source, name, wanted)
+    if wanted.attention == "sdpa":
+        use_rows(model)
+    else:
+        model.set_attn_implementation(wanted.attention)
+    attach_dense(model, dense)
+    model.to(device=wanted.device, dtype=wanted.dtype).eval()
+    _check_sizes(model, tokenizer, name)
+    return Encoder(model, tokenizer, layout, wanted.device, spec=name)
+
+
+def _read_encoder(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
+    """Model and tokenizer; a pooler that the file does not hold is left out instead of drawn at random."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
+    model, found = AutoModel.from_pretrained(
+        source, dtype=wanted.dtype, use_safetensors=True, output_loading_info=True, **wanted.common()
+    )
+    missing = {key for key in found["missing_keys"] if not key.startswith("pooler.")}
+    if missing:
+        raise ModelError(
+            f"The weights lack {', '.join(sorted(missing)[:3])}",
+            where=name,
+            cure="Use the weights that belong to config.json.",
+        )
+    if found["missing_keys"]:
+        model.pooler = None
+    return model, tokenizer
 
 
 def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:

@@ -6,11 +6,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from temper.core.errors import ConfigError, nearest
 
-__all__ = ["ARCHITECTURES", "CHATML", "build_tiny", "build_tokenizer"]
+__all__ = ["ARCHITECTURES", "CHATML", "ENCODERS", "build_tiny", "build_tiny_encoder", "build_tokenizer"]
 
 VOCAB = 512
 WIDTH = 32
@@ -79,6 +79,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> config class of transformers and its settings; two layers, width 32."""
 
+_READER = {**_SHARED, "intermediate_size": 64}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _READER),
+    "mpnet": ("MPNetConfig", _READER),
+    "roberta": ("RobertaConfig", {**_READER, "max_position_embeddings": 516, "type_vocab_size": 1}),
+}
+"""The same for encoders."""
+
 
 def build_tiny(architecture: str, seed: int = 0) -> tuple[Any, Any]:
     """A fresh random model in float32, ready to evaluate, and its tokenizer; the same for the same seed.
@@ -97,6 +105,27 @@ def build_tiny(architecture: str, seed: int = 0) -> tuple[Any, Any]:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
     return model.eval(), build_tokenizer()
+
+
+def build_tiny_encoder(architecture: str, seed: int = 0) -> tuple[Any, Any]:
+    """A fresh random encoder in float32 and its tokenizer, which puts a token before and one behind every text.
+
+    Raises ConfigError for an unknown architecture.
+    """
+    if architecture not in ENCODERS:
+        raise ConfigError(f"There is no tiny encoder {architecture!r}", cure=nearest(architecture, ENCODERS))
+    import transformers
+
+    class_name, settings = ENCODERS[architecture]
+    config = getattr(transformers, class_name)(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModel.from_config(config)
+    tokenizer = build_tokenizer()
+    ends = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|im_start|>", "<|im_end|>")]
+    template = f"{ends[0][0]} $A {ends[1][0]}"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=ends)
+    return model.eval(), tokenizer
 
 
 def build_tokenizer() -> Any:
