@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from temper.core.types import Ticker
 from temper.report.tables import Cell, SummaryRow, format_interval, format_value, summary_table
 from temper.run.estimate import check_cost, estimate
 from temper.run.execute import CellRunner, RunResult, execute
-from temper.run.plan import Plan, make_plan
+from temper.run.plan import Plan, PlannedStep, make_plan
 from temper.run.progress import silent
 from temper.run.ranks import is_follower, is_worker
 from temper.store import lines
@@ -121,14 +122,20 @@ def _show(result: RunResult, as_json: bool) -> None:
         return
     table = summary_table(folder.rows(), groups=True)
     columns = ("metric", "split", "group", *(arm or "value" for arm in table.arms))
-    print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
+    if table.rows:
+        print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
     if len(table.rows) > NUM_SHOWN:
         say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
     for step in result.plan.steps:
         if step.verb == "fit":
-            print(f"{step.id} (seed {step.seed}): {folder.step(step.name).path}")
+            print(f"{step.id} (seed {step.seed}): {_spec(step, folder.step(step.name).path)}")
     print(folder.path)
     sys.stdout.flush()
+
+
+def _spec(step: PlannedStep, fitted: Path) -> str:
+    """The fitted system's name, as any command takes it; the folder alone where it was fitted on other artefacts."""
+    return f"{step.system.base}+{fitted}" if step.system and not step.system.artefacts else str(fitted)
 
 
 def _line(row: SummaryRow, arms: Sequence[str]) -> list[str]:
