@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class Layout:
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Texts put before an input, by name."""
     default_prompt: str = ""
+
+    def cut(self, max_tokens: int) -> Layout:
+        """The same, reading at most so many tokens of a text."""
+        return replace(self, max_tokens=max_tokens)
 
 
 class Dense(nn.Module):
