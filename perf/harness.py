@@ -25,6 +25,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ENVS = Path(os.environ.get("TEMPER_PERF_ENVS", Path.home() / ".cache" / "temper-perf"))
 OURS = "temper"
+NO_DEPS = "# no-deps: "
+"""Begins a line of `perf/peers/<env>.txt` whose package is installed without what it asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Job:
     """Units a second the machine could do at most, from the inputs and `limits.measure()`."""
     lower_is_better: bool = False
     """The number is seconds a unit and the target an upper bound of the ratio."""
+    bound: bool = False
+    """The target speaks of each counting side's own number, in the job's unit, and not of a ratio."""
 
 
 def main(job: Job) -> None:
@@ -130,7 +134,10 @@ def _row(
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
     }
-    if name == OURS and best:
+    if job.bound and job.sides[name].counts:
+        met = medians[name] <= job.target if job.lower_is_better else medians[name] >= job.target
+        row |= {"target": job.target, "met": met}
+    elif name == OURS and best:
         ratio = medians[name] / medians[best]
         met = ratio <= job.target if job.lower_is_better else ratio >= job.target
         row |= {"against": best, "ratio": ratio, "target": job.target, "met": met}
@@ -145,7 +152,9 @@ def line(row: Mapping[str, Any]) -> str:
     """A row as one line of text."""
     text = f"{row['job']:<22} {row['side']:<34} {row['rate']:>9.4g} {row['unit']:<14} {row['peak_mb']:>7.0f} MB"
     if "ratio" in row:
-        text += f"   {row['ratio']:.2f}x of {row['against']} (target {row['target']:g}, {'met' if row['met'] else 'missed'})"
+        text += f"   {row['ratio']:.2f}x of {row['against']}"
+    if "target" in row:
+        text += f" (target {row['target']:g}, {'met' if row['met'] else 'missed'})"
     return text
 
 
@@ -222,6 +231,9 @@ def python_of(env: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([*pip, "-c", str(HERE.parent / "constraints.txt"), "torch"], check=True)
         subprocess.run([*pip, "-c", str(HERE.parent / "constraints.txt"), "-r", str(HERE / "peers" / f"{env}.txt")], check=True)
+        alone = [text.removeprefix(NO_DEPS) for text in wanted.splitlines() if text.startswith(NO_DEPS)]
+        if alone:
+            subprocess.run([*pip, "--no-deps", *alone], check=True)
         mark.write_text(wanted, encoding="utf-8")
     return folder / "bin" / "python"
 

@@ -41,7 +41,7 @@ def write_table(results: Path) -> None:
     lines = ["| job | side | rate | peak memory | ratio | target | share of the machine's limit |", "|---|---|---|---|---|---|---|"]
     for row in rows.values():
         ratio = f"{row['ratio']:.2f} of {row['against']}" if "ratio" in row else ""
-        target = f"{row['target']:g} ({'met' if row['met'] else 'missed'})" if "ratio" in row else ""
+        target = f"{row['target']:g} ({'met' if row['met'] else 'missed'})" if "target" in row else ""
         share = f"{row['rate'] / row['limit']:.0%}" if "limit" in row else ""
         lines.append(
             f"| {row['job']} | {row['side']} | {row['rate']:.4g} {row['unit']} | {row['peak_mb']:.0f} MB | {ratio} | {target} | {share} |"

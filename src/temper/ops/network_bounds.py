@@ -220,7 +220,7 @@ class _Walk:
         return self.net.rule(node) in (*AFFINE, *NORMS) and len(node.users) == 1 and not self.keeps_hidden
 
     def _clean_value(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: self.clean[used])
+        args, kwargs = _arguments(node, self.clean)
         rule = self.net.rule(node)
         if rule in NOTHING:
             return args[0]
@@ -255,11 +255,9 @@ class _Walk:
         rule, module = self.net.rule(node), self.net.module(node)
         if scale_shift is not None:
             return self._normed_box(node, *scale_shift)
+        (box, *others), kwargs = _arguments(node, self.boxes)
         if rule in JOINS:
-            parts, args, kwargs = self._join(node)
-            return Box(*(rule([part[side] for part in parts], *args, **kwargs) for side in (0, 1)))
-        box, *others = fx.node.map_arg(node.args, lambda used: self.boxes[used])
-        kwargs = fx.node.map_arg(node.kwargs, lambda used: self.boxes[used])
+            return Box(*(rule([part[side] for part in box], *others, **kwargs) for side in (0, 1)))
         if rule in AFFINE:
             return _affine(module, box, node, module.weight, module.bias)
         if rule in SUMS:
@@ -284,10 +282,6 @@ class _Walk:
             return rectify_box(box, in_place=self._is_fresh(node.all_input_nodes[0]))
         return monotone_box(box, call)
 
-    def _join(self, node: fx.Node) -> tuple[list[Box], tuple[Any, ...], dict[str, Any]]:
-        parts, *args = fx.node.map_arg(node.args, lambda used: self.boxes[used])
-        return list(parts), tuple(args), dict(node.kwargs)
-
     def _normed_box(self, node: fx.Node, scale_C: Tensor, shift_C: Tensor) -> Box:
         """Batch norm as the affine map it is, folded into the layer before it where nobody else reads that one."""
         used = node.all_input_nodes[0]
@@ -300,6 +294,12 @@ class _Walk:
         shape = (1, -1, *[1] * (box.centre.ndim - 2))
         scale, shift = scale_C.view(shape), shift_C.view(shape)
         return Box(torch.addcmul(shift, box.centre, scale), box.radius * scale.abs())
+
+
+def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a node is called with, the values of other nodes filled in."""
+    filled: Any = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
+    return filled
 
 
 def _affine(layer: Any, box: Box, node: fx.Node, weight: Tensor, bias: Tensor | None) -> Box:
