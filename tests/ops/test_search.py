@@ -585,6 +585,41 @@ def test_only_the_changed_end_is_run(lively):
     assert scorer.queries == 65
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_packed_rows_run_no_token_in_vain(lively, kind, monkeypatch):
+    """One pass for candidates of all positions; a window shorter than the text forbids it."""
+    system = lively(kind)
+    scorer = scorer_of(system)
+    current = [40, 50, 60, 70, 80, 90]
+    rows = draw(current, 14)
+    wanted = slow_losses(system, scorer.prompt, rows)
+    torch.testing.assert_close(scorer.losses(rows, current).loss_K, wanted, atol=1e-4, rtol=1e-5)
+    scorer.gradient(current)
+    packs, real = [], search_losses.packed
+    monkeypatch.setattr(search_losses, "packed", lambda *args: packs.append(1) or real(*args))
+    spent = scorer.tokens
+    torch.testing.assert_close(scorer.losses(rows, current).loss_K, wanted, atol=1e-4, rtol=1e-5)
+    first = (rows != torch.tensor(current)).int().argmax(1)
+    least = 14 * (6 + len(scorer.prompt.after) + len(scorer.prompt.target) - 1) - int(first.sum())
+    if kind == "mistral":
+        assert not packs
+        assert scorer.tokens - spent > least
+    else:
+        assert packs == [1]
+        assert scorer.tokens - spent == least
+
+
+def test_places_of_packed_rows_by_hand():
+    """Rows that leave the prefix at 2 and at 3 and end at 5."""
+    rows = prefix_cache.packed([2, 3], 5, torch.device("cpu"))
+    assert rows.position_S.tolist() == [2, 3, 4, 3, 4]
+    assert rows.place_S.tolist() == [0, 1, 2, 4, 5]
+    assert rows.token_BW.tolist()[0] == [0, 1, 2]
+    assert rows.token_BW.tolist()[1][1:] == [3, 4]
+    assert rows.seen_B1WK[0, 0, 2].int().tolist() == [1, 1, 0, 1, 1, 1]
+    assert rows.seen_B1WK[1, 0, 1].int().tolist() == [1, 1, 1, 0, 1, 0]
+
+
 def test_memory_that_runs_out_halves_the_batch_once(lively, monkeypatch):
     system = lively("llama")
     scorer = scorer_of(system, reuse=False)

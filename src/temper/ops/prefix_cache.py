@@ -4,7 +4,11 @@ transformers' own caches grow with every forward pass that is given one. Here a 
 own tokens and leaves it as it was, so one prefix serves every batch, and a shorter one is a view of it.
 
 Inside `read_once` attention multiplies all rows' queries with the one prefix, and no key is repeated for a row or a
-query head; elsewhere every layer in turn joins a copy of the prefix to each row.
+query head; elsewhere every layer in turn joins a copy of the prefix to each row. There, too, rows that leave the
+prefix at different places can stand behind one another as a single row (`Packed`): everything but attention sees
+their tokens alone, with no padding.
+
+Here W counts a packed row's own tokens at most, S the tokens of all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +26,44 @@ from transformers.masking_utils import sdpa_mask
 
 from temper.core.errors import NeedsError
 
-__all__ = ["PrefixCache", "read_once"]
+__all__ = ["Packed", "PrefixCache", "packed", "read_once"]
 
 READ_ONCE = "temper_prefix"
 """The name that models know this attention by."""
-_READ: ContextVar[PrefixCache] = ContextVar("read")
+
+
+class Packed(NamedTuple):
+    """Where packed tokens stand when each row has a line of its own, ends aligned, and what each may see there."""
+
+    token_BW: Tensor
+    """The packed token of each place; any where a row has none."""
+    place_S: Tensor
+    """The place of each packed token, counted line by line."""
+    seen_B1WK: Tensor
+    """Over the prefix and then the line."""
+    position_S: Tensor
+    """Positions in the whole text."""
+
+
+def packed(starts: Sequence[int], end: int, device: torch.device) -> Packed:
+    """Rows that read a prefix up to their start and hold the positions from there to `end` themselves.
+
+    The prefix is that of the last start.
+    """
+    start_B = torch.tensor(starts, device=device)
+    least, most = min(starts), max(starts)
+    place_W = torch.arange(least, end, device=device)
+    own_BW = place_W >= start_B[:, None]
+    token_BW = (own_BW.flatten().cumsum(0) - 1).clamp_min(0).view(own_BW.shape)
+    prefix_BK = torch.arange(most, device=device) < start_B[:, None]
+    before_BWK = prefix_BK[:, None].expand(-1, len(place_W), -1)
+    causal_BWW = (place_W <= place_W[:, None]) & own_BW[:, None]
+    seen = torch.cat([before_BWK, causal_BWW], dim=-1)[:, None]
+    position_S = place_W.expand(len(starts), -1)[own_BW]
+    return Packed(token_BW, own_BW.flatten().nonzero()[:, 0], seen, position_S)
+
+
+_READ: ContextVar[tuple[PrefixCache, Packed | None]] = ContextVar("read")
 
 
 class _PrefixLayer(CacheLayerMixin):
@@ -133,9 +170,11 @@ def _first(
 
 
 @contextmanager
-def read_once(model: Any, cache: PrefixCache) -> Iterator[None]:
+def read_once(model: Any, cache: PrefixCache, rows: Packed | None = None) -> Iterator[None]:
     """Inside the block a pass of `model` over `cache` repeats no key of it; without gradient.
 
+    With `rows` the pass gets their tokens as one row, and must be given their positions and any mask of four
+    dimensions, which is not looked at: for models whose every layer sees the whole text (`cache_by_position`).
     A change for models that attend by `sdpa` through transformers' interface; one that does so in its own way raises
     there. Nothing changes for other attention, or where the prefix is empty.
     """
@@ -143,7 +182,7 @@ def read_once(model: Any, cache: PrefixCache) -> Iterator[None]:
     if config._attn_implementation != "sdpa" or not cache.num_tokens:
         yield
         return
-    token = _READ.set(cache)
+    token = _READ.set((cache, rows))
     config._attn_implementation = READ_ONCE
     for layer in cache.prefix:
         layer.apart = True
@@ -171,7 +210,11 @@ def _attend(
     """
     if any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise RuntimeError("this attention is more than a softmax of products")
-    layer = _READ.get().prefix[module.layer_idx]
+    cache, rows = _READ.get()
+    layer = cache.prefix[module.layer_idx]
+    if rows is not None:
+        query, key, value = (states[0][:, rows.token_BW].transpose(0, 1) for states in (query, key, value))
+        attention_mask = rows.seen_B1WK
     (num_rows, num_heads, num_tokens, width), heads = query.shape, key.shape[1]
     group = num_heads // heads
     joint = (heads, num_rows * group * num_tokens, -1)
@@ -189,6 +232,8 @@ def _attend(
     out += (weights[..., :first].reshape(joint) @ layer.values[0].to(value.dtype)).view(by_row)
     # A head is (key head, its place in the group).
     parts = out.view(heads, num_rows, group, num_tokens, -1).permute(1, 3, 0, 2, 4)
+    if rows is not None:
+        return parts.reshape(num_rows * num_tokens, num_heads, -1)[rows.place_S][None], None
     return parts.reshape(num_rows, num_tokens, num_heads, -1), None
 
 

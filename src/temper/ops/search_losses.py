@@ -8,9 +8,10 @@ f has the current slot's keys and values up to P + f, so only the tokens from th
                            from the gradient
     predicted by the last M of these positions: target[0] .. target[M-1]
 
-Candidates are sorted by f and scored in batches of equal or neighbouring f. Only the target's positions (and the
-slot's own, when its fluency counts) reach the vocabulary projection. The slow twin is `reuse_prefix=False`:
-whole rows from position 0.
+Candidates are sorted by f and scored in batches. Where the model's attention can be ours, a batch is packed: every row
+has its own f and no token is run in vain; elsewhere a batch starts at the least f of its rows. Only the target's
+positions (and the slot's own, when its fluency counts) reach the vocabulary projection. The slow twin is
+`reuse_prefix=False`: whole rows from position 0.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from temper.core.errors import NeedsError
 from temper.core.types import Run
+from temper.ops.decode_backends import cache_by_position
 from temper.ops.hooks import is_hooked
 from temper.ops.precision import autocast, eval_mode
-from temper.ops.prefix_cache import PrefixCache, read_once
+from temper.ops.prefix_cache import PrefixCache, packed, read_once
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, selected_logits, wanted_hidden
 from temper.ops.search import embedding_table, project_on_tokens
 from temper.ops.search_prompt import SlotPrompt
@@ -38,8 +40,10 @@ __all__ = ["Scores", "SlotLoss", "SlotScorer", "mean_nll", "mellowmax"]
 
 logger = logging.getLogger(__name__)
 
-FILL_TOKENS = 256
+FILL_TOKENS = 512
 """On a CPU a batch of this many tokens is as fast per token as any larger one."""
+Reading = Literal["packed", "once", "copies"]
+"""How kept keys and values are read: by packed rows, by rows of one length, or copied to each row."""
 HALF_SCALE = 2.0**-10
 """What a half-precision loss is scaled by when its gradient overflows."""
 
@@ -94,7 +98,7 @@ class SlotScorer:
         self.max_rows: int | None = None
         self._reuse = reuse_prefix
         self._checked = False
-        self._once = True
+        self._reading: Reading = "packed"
         self._before: PrefixCache | None = None
         self._slot: tuple[list[int], PrefixCache] | None = None
         self._tail = torch.tensor([*prompt.after, *prompt.target[:-1]], dtype=torch.long)
@@ -159,7 +163,7 @@ class SlotScorer:
         """Kept keys and values are trusted after they gave the losses of a fresh pass."""
         self._checked = True
         fresh = self._whole(ids_KN[[0, -1]])
-        for self._once in (True, False):
+        for self._reading in get_args(Reading):
             found = self._if_near(ids_KN, current_N, fresh)
             if found is not None:
                 return found
@@ -191,31 +195,40 @@ class SlotScorer:
         order_K = first_K.argsort(stable=True)
         # In exact mode the kept part may not depend on the other candidates.
         cache = self._kept_slot(list(current_N), num - 1 if self.run.exact else int(first_K.max()))
-        parts = []
-        for rows, first in self._batches(first_K[order_K].tolist(), num):
-            start = max(len(self.prompt.before) + first - bool(self.loss.control_weight), 0)
-            parts.append(self._score(ids_KN[order_K[rows]], start, cache.first(start) if start else None))
+        shift = len(self.prompt.before) - bool(self.loss.control_weight)
+        starts = [max(shift + first, 0) for first in first_K[order_K].tolist()]
+        parts = [
+            self._score(ids_KN[order_K[rows]], starts[rows], cache)
+            for rows in self._batches(starts, len(self._head) + num + len(self._tail))
+        ]
         return _in_order(parts, order_K)
 
     def _whole(self, ids_KN: Tensor) -> Scores:
         """The slow twin: whole rows."""
         size = self._row_limit(len(self._head) + ids_KN.shape[1] + len(self._tail))
-        parts = [self._score(ids, 0, None) for ids in ids_KN.split(size)]
+        parts = [self._score(ids, [0] * len(ids), None) for ids in ids_KN.split(size)]
         return _in_order(parts, torch.arange(len(ids_KN)))
 
-    def _batches(self, first_K: list[int], num: int) -> Iterator[tuple[slice, int]]:
-        """Consecutive rows and the first changed position of the first, which is the least of them."""
-        start = 0
-        while start < len(first_K):
-            width = num - first_K[start] + len(self._tail) + bool(self.loss.control_weight)
-            limit, end = self._row_limit(width), start + 1
-            fill = FILL_TOKENS if self.device.type == "cpu" else self.run.batch_tokens
-            while end < len(first_K) and end - start < limit:
-                if first_K[end] != first_K[start] and (end - start) * width >= fill:
+    def _batches(self, starts: list[int], end: int) -> Iterator[slice]:
+        """Consecutive rows for one pass; `starts` ascend."""
+        packs = self._packs(end)
+        fill = FILL_TOKENS if self.device.type == "cpu" else self.run.batch_tokens
+        first = 0
+        while first < len(starts):
+            limit, last = self._row_limit(end - starts[first]), first + 1
+            tokens = end - starts[first]
+            while last < len(starts) and last - first < limit:
+                if tokens >= fill and (packs or starts[last] != starts[first]):
                     break
-                end += 1
-            yield slice(start, end), first_K[start]
-            start = end
+                tokens += end - starts[last if packs else first]
+                last += 1
+            yield slice(first, last)
+            first = last
+
+    def _packs(self, num_tokens: int) -> bool:
+        """Whether every layer sees all of a row of so many tokens, by the attention that packs."""
+        plain = self.model.config.get_text_config()._attn_implementation == "sdpa"
+        return self._reading == "packed" and plain and cache_by_position(self.model, num_tokens)
 
     def _row_limit(self, width: int) -> int:
         """Rows of `width` tokens in one forward pass."""
@@ -226,10 +239,10 @@ class SlotScorer:
             size = min(size, 4 * CHUNK_LOGITS // (width * self.prompt.system.num_embeddings))
         return max(1, min(size, self.max_rows or size))
 
-    def _score(self, ids_BN: Tensor, start: int, cache: PrefixCache | None) -> Scores:
-        """One forward pass from position `start`; in halves where memory runs out, and from then on."""
+    def _score(self, ids_BN: Tensor, starts: list[int], cache: PrefixCache | None) -> Scores:
+        """One forward pass from positions `starts`; in halves where memory runs out, and from then on."""
         try:
-            return self._pass(ids_BN, start, cache)
+            return self._pass(ids_BN, starts, cache)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -239,39 +252,51 @@ class SlotScorer:
                     where=f"{self.prompt.system.spec}, {self.device}",
                     cure="Use a smaller model, a shorter prompt, or another device.",
                 ) from error
-        self.max_rows = (len(ids_BN) + 1) // 2
+        size = self.max_rows = (len(ids_BN) + 1) // 2
         logger.warning("out of memory: candidates go %d at a time from here on", self.max_rows)
-        halves = [self._score(ids, start, cache) for ids in ids_BN.split(self.max_rows)]
+        halves = [
+            self._score(ids_BN[:size], starts[:size], cache),
+            self._score(ids_BN[size:], starts[size:], cache),
+        ]
         return _in_order(halves, torch.arange(len(ids_BN)))
 
-    def _pass(self, ids_BN: Tensor, start: int, cache: PrefixCache | None) -> Scores:
-        num = ids_BN.shape[1]
-        rows_BT = self._rows(ids_BN)[:, start:]
-        at_T = self._marks(num, start, rows_BT.shape[1], slot=bool(self.loss.control_weight))
-        num_at = int(at_T.sum())
+    def _pass(self, ids_BN: Tensor, starts: list[int], cache: PrefixCache | None) -> Scores:
+        start, num_rows = starts[0], len(ids_BN)
+        rows_BT = self._rows(ids_BN)
+        end = rows_BT.shape[1]
+        rows_BT = rows_BT[:, start:]
+        at_T = self._marks(ids_BN.shape[1], start, end - start, slot=bool(self.loss.control_weight))
+        at_BT = at_T.expand(num_rows, -1)
+        packs = starts[-1] > start and self._packs(end)
+        kept = starts[-1] if packs else start
+        cache = cache.first(kept) if cache is not None and kept else None
+        inputs, rows = self._inputs(rows_BT, cache), None
+        if packs:
+            rows = packed(starts, end, self.device)
+            at_BT = at_BT.flatten()[rows.place_S][None]
+            inputs["input_ids"] = rows_BT.flatten()[rows.place_S][None]
+            inputs["position_ids"] = rows.position_S[None]
+            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        once = self._reading != "copies"
+        reads = read_once(self.model, cache, rows) if cache is not None and once else nullcontext()
         losses, hits = [], []
-        at_BT = at_T.expand(len(rows_BT), -1)
-        reads = read_once(self.model, cache) if cache is not None and self._once else nullcontext()
         with reads:
-            for part, logits_BSV in self._logits(self._inputs(rows_BT, cache), at_BT, num_at):
+            for part, logits_BSV in self._logits(inputs, at_BT, num_rows):
                 loss_B, hit_B = self._judged(logits_BSV.float(), ids_BN[part].to(self.device))
                 losses.append(loss_B)
                 hits.append(hit_B)
-        self.tokens += rows_BT.numel()
+        self.tokens += inputs["input_ids"].numel()
         return Scores(torch.cat(losses).cpu(), torch.cat(hits).cpu())
 
-    def _logits(self, inputs: dict[str, Any], at_BT: Tensor, num_at: int) -> Iterator[tuple[slice, Tensor]]:
-        """The logits at the marked positions, (B, S, V), a chunk of rows at a time."""
-        num_rows = len(at_BT)
+    def _logits(self, inputs: dict[str, Any], at_BT: Tensor, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """The logits at the marked positions, (rows, S, V), a chunk of rows at a time."""
         if not head_is_plain(self.model):
-            yield (
-                slice(0, num_rows),
-                selected_logits(self.model, inputs, at_BT).unflatten(0, (num_rows, num_at)),
-            )
+            logits_SV = selected_logits(self.model, inputs, at_BT)
+            yield slice(0, num_rows), logits_SV.unflatten(0, (num_rows, -1))
             return
         hidden = wanted_hidden(self.model, inputs, at_BT)
-        hidden_BSD = hidden.hidden_SD.unflatten(0, (num_rows, num_at))
-        size = max(1, CHUNK_LOGITS // (hidden.num_ids * num_at))
+        hidden_BSD = hidden.hidden_SD.unflatten(0, (num_rows, -1))
+        size = max(1, CHUNK_LOGITS // (hidden.num_ids * hidden_BSD.shape[1]))
         head = head_of(self.model)
         for first in range(0, num_rows, size):
             part = slice(first, first + size)
