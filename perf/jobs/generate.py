@@ -1,4 +1,4 @@
-"""Greedy replies to 64 chat prompts of mixed lengths, float32: temper, transformers' three ways, lm-evaluation-harness.
+"""Greedy replies to 64 chat prompts, half of them questions and half texts to sum up, in float32.
 
 All sides get the same ids, stop at the same end token and write the same text. transformers' batch sizes are the fastest
 of 8, 16, 32 and 64. lm-evaluation-harness is timed with its tokenising and decoding of text, temper with its decoding.
@@ -13,8 +13,8 @@ from harness import Job, Measured, Side, main, model_folder, timed
 
 NUM_PROMPTS = 64
 NEW_TOKENS = 48
-WORDS = (4, 130)
-"""Words of the shortest and the longest user message; the lengths between grow by a constant factor."""
+WORDS = (12, 130)
+"""Words of the shortest and the longest text to sum up; the lengths between grow by a constant factor."""
 BATCH = 32
 
 
@@ -29,14 +29,16 @@ def inputs() -> dict[str, Any]:
 
     system = load_base("smollm2-135m")
     drawn = random.Random(0)
+    asked = [row.prompt[-1].content for row in load_data("builtin:noncompliance").records("test", Dialogue)]
     told = [row.reply for row in load_data("builtin:people").records("retain", Dialogue)]
     low, high = WORDS
-    counts = [round(low * (high / low) ** (n / (NUM_PROMPTS - 1))) for n in range(NUM_PROMPTS)]
-    drawn.shuffle(counts)
+    counts = [round(low * (high / low) ** (n / (NUM_PROMPTS // 2 - 1))) for n in range(NUM_PROMPTS // 2)]
+    texts = [" ".join(" ".join(drawn.sample(told, 24)).split()[:count]) for count in counts]
+    messages = drawn.sample(asked, NUM_PROMPTS // 2) + [f"Sum up in a sentence: {text}" for text in texts]
+    drawn.shuffle(messages)
     prompts = []
-    for count in counts:
-        words = " ".join(drawn.sample(told, 24)).split()[:count]
-        rendered = system.chat.prompt([Message("user", f"Go on with this text: {' '.join(words)}")])
+    for message in messages:
+        rendered = system.chat.prompt([Message("user", message)])
         assert system.tokenizer(rendered.text)["input_ids"] == list(rendered.ids)
         prompts.append({"ids": list(rendered.ids), "text": rendered.text})
     return {"model": model_folder(), "prompts": prompts, "end": sorted(system.stop_ids)}
@@ -179,8 +181,8 @@ JOB = Job(
     sides={
         "temper": Side(temper),
         "transformers": Side(plain, env="transformers"),
-        "transformers, by length": Side(by_length, env="transformers"),
-        "transformers, continuous": Side(continuous, env="transformers"),
+        "transformers-sorted": Side(by_length, env="transformers"),
+        "transformers-continuous": Side(continuous, env="transformers"),
         "lm-evaluation-harness": Side(harness_lm, env="lm_eval"),
     },
     check=check,

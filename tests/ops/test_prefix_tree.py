@@ -215,3 +215,13 @@ def test_equal_rows_and_none(lively):
     assert torch.equal(values, values[:1].expand(3))
     assert len(response_logprobs(system, [], run=Run())) == 0
     assert next_token_logits(system, [[5, 6], [5], [5, 6]], Run()).shape == (3, 512)
+
+
+def test_bfloat16_stays_within_its_precision(lively, random_prompts):
+    system = lively("llama")
+    examples = passages(random_prompts)
+    assert prefix_tree.tree_works(system, 60)
+    half = response_logprobs(system, examples, reduce="mean", run=Run(precision="bf16"))
+    torch.testing.assert_close(
+        half, response_logprobs(system, examples, reduce="mean", run=ALONE), atol=0.3, rtol=0.03
+    )

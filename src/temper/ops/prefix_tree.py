@@ -38,7 +38,7 @@ from temper.systems.causal_lm import PROBE_ERRORS
 if TYPE_CHECKING:
     from temper.systems.causal_lm import CausalLM
 
-__all__ = ["TreePass", "reading", "tree_passes"]
+__all__ = ["TreePass", "reading", "tree_passes", "tree_works"]
 
 logger = logging.getLogger(__name__)
 
