@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEMPER := $(BIN)/temper
 RUNS ?= runs
 
-.PHONY: demo test setup check docs generated new clean
+.PHONY: demo test setup check docs generated new perf clean
 
 # Trains, calibrates, measures and red-teams refusal tokens on SmolLM2-135M-Instruct; writes runs/<id>/report.html.
 demo: setup
@@ -28,8 +28,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 # Format, lint, types, architecture: under a minute.
 check: setup
-	$(BIN)/ruff format --check src tests examples docs conftest.py
-	$(BIN)/ruff check src tests examples docs conftest.py
+	$(BIN)/ruff format --check src tests examples docs perf conftest.py
+	$(BIN)/ruff check src tests examples docs perf conftest.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
 
@@ -43,6 +43,10 @@ docs: setup generated
 # make new NAME=family/name
 new: setup
 	$(TEMPER) new $(NAME)
+
+# Speed and memory beside the peers, all jobs or JOBS="ibp_step ..."; the table goes into perf/README.md.
+perf: setup
+	$(BIN)/python perf/run.py $(JOBS)
 
 clean:
 	rm -rf $(VENV) site build

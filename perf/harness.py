@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,10 @@ def compare(job: Job, sides: Sequence[str], repeats: int) -> list[dict[str, Any]
         for turn in range(repeats):
             for name in sides:
                 found[name].append(_start(job, name, inputs, Path(folder) / "result.json"))
-                print(f"  {job.name} {turn + 1}/{repeats} {name}: {found[name][-1]['rate']:.4g} {job.unit}", flush=True)
+                print(
+                    f"  {job.name} {turn + 1}/{repeats} {name}: {found[name][-1]['rate']:.4g} {job.unit}",
+                    flush=True,
+                )
     equal = job.check({name: runs[0]["outputs"] for name, runs in found.items()})
     return [_row(job, name, runs, found, equal, given) for name, runs in found.items()]
 
@@ -131,7 +134,7 @@ def _row(
         "notes": runs[0]["notes"],
         "load": [run["load"] for run in runs],
         "equal": equal,
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     }
     if job.bound and job.sides[name].counts:
@@ -150,7 +153,9 @@ def _row(
 
 def line(row: Mapping[str, Any]) -> str:
     """A row as one line of text."""
-    text = f"{row['job']:<22} {row['side']:<34} {row['rate']:>9.4g} {row['unit']:<14} {row['peak_mb']:>7.0f} MB"
+    text = (
+        f"{row['job']:<22} {row['side']:<34} {row['rate']:>9.4g} {row['unit']:<14} {row['peak_mb']:>7.0f} MB"
+    )
     if "ratio" in row:
         text += f"   {row['ratio']:.2f}x of {row['against']}"
     if "target" in row:
@@ -165,7 +170,11 @@ def machine() -> dict[str, Any]:
     except OSError:
         text = ""
     names = [part.split(":", 1)[1].strip() for part in text.splitlines() if part.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": threads()}
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": threads(),
+    }
 
 
 def threads() -> int:
@@ -188,8 +197,18 @@ def _start(job: Job, name: str, inputs: Path, result: Path) -> dict[str, Any]:
 
 def _environment() -> dict[str, str]:
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_DISABLED": "true"}
-    return {**os.environ, **quiet, "OMP_NUM_THREADS": str(threads()), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    quiet = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "WANDB_DISABLED": "true",
+    }
+    return {
+        **os.environ,
+        **quiet,
+        "OMP_NUM_THREADS": str(threads()),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
 
 
 def _work(job: Job, name: str, inputs: Path, result: Path) -> None:
@@ -211,7 +230,17 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "transformers", "peft", "trl", "lm_eval", "nanogcg", "sentence-transformers", "faiss-cpu", "auto_LiRPA"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "lm_eval",
+        "nanogcg",
+        "sentence-transformers",
+        "faiss-cpu",
+        "auto_LiRPA",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -230,7 +259,10 @@ def python_of(env: str) -> Path:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([*pip, "-c", str(HERE.parent / "constraints.txt"), "torch"], check=True)
-        subprocess.run([*pip, "-c", str(HERE.parent / "constraints.txt"), "-r", str(HERE / "peers" / f"{env}.txt")], check=True)
+        subprocess.run(
+            [*pip, "-c", str(HERE.parent / "constraints.txt"), "-r", str(HERE / "peers" / f"{env}.txt")],
+            check=True,
+        )
         alone = [text.removeprefix(NO_DEPS) for text in wanted.splitlines() if text.startswith(NO_DEPS)]
         if alone:
             subprocess.run([*pip, "--no-deps", *alone], check=True)

@@ -6,8 +6,7 @@ import argparse
 import importlib
 import json
 import sys
-from datetime import datetime, timezone
-from pathlib import Path
+from datetime import UTC, datetime
 
 from harness import HERE, compare, line
 
@@ -21,7 +20,8 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", choices=[*names, []], help="default: all")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    results = HERE / "results" / f"{datetime.now(timezone.utc):%Y-%m-%d}.jsonl"
+    results = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    results.parent.mkdir(exist_ok=True)
     for name in options.jobs or names:
         job = importlib.import_module(name).JOB
         rows = compare(job, list(job.sides), options.repeats)
@@ -29,16 +29,20 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             print(line(row), flush=True)
-    write_table(results)
+    write_table()
 
 
-def write_table(results: Path) -> None:
+def write_table() -> None:
     """The last row of each job and side, as the table between the marks of `perf/README.md`."""
     rows = {}
-    for text in results.read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
-        rows[row["job"], row["side"]] = row
-    lines = ["| job | side | rate | peak memory | ratio | target | share of the machine's limit |", "|---|---|---|---|---|---|---|"]
+    for results in sorted((HERE / "results").glob("*.jsonl")):
+        for text in results.read_text(encoding="utf-8").splitlines():
+            row = json.loads(text)
+            rows[row["job"], row["side"]] = row
+    lines = [
+        "| job | side | rate | peak memory | ratio | target | share of the machine's limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows.values():
         ratio = f"{row['ratio']:.2f} of {row['against']}" if "ratio" in row else ""
         target = f"{row['target']:g} ({'met' if row['met'] else 'missed'})" if "target" in row else ""
@@ -49,7 +53,9 @@ def write_table(results: Path) -> None:
     page = HERE / "README.md"
     head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, _, tail = rest.partition("<!-- /table -->\n")
-    page.write_text(head + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- /table -->\n" + tail, encoding="utf-8")
+    page.write_text(
+        head + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- /table -->\n" + tail, encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ def answer(*arguments: str) -> Any:
 
         with tempfile.TemporaryDirectory() as folder:
             write_cards(Path(folder) / "methods")
-            environment = {**os.environ, "TEMPER_METHODS": str(Path(folder) / "methods"), "TEMPER_CACHE": folder}
+            environment = {
+                **os.environ,
+                "TEMPER_METHODS": str(Path(folder) / "methods"),
+                "TEMPER_CACHE": folder,
+            }
             command = [sys.executable, *arguments]
 
             def once() -> str:
@@ -68,7 +72,9 @@ def answer(*arguments: str) -> Any:
 
             said = once()
             seconds = [timed(once)[1] for _ in range(RUNS)]
-        return Measured(1, statistics.median(seconds), {"lines": len(said.splitlines()), "methods": said.count("method-")})
+        return Measured(
+            1, statistics.median(seconds), {"lines": len(said.splitlines()), "methods": said.count("method-")}
+        )
 
     return run
 

@@ -98,7 +98,8 @@ def auto_lirpa(norms: bool = False) -> Any:
         from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
 
         network, images, labels = build(given, norms, channels_last=False)
-        bounded = BoundedModule(network.train(), torch.zeros_like(images[:2])).train()
+        bounded = BoundedModule(network, torch.zeros_like(images[:2]))
+        bounded.train()
         ends = {"x_L": (images - given["eps"]).clamp(min=0), "x_U": (images + given["eps"]).clamp(max=1)}
         ball = PerturbationLpNorm(norm=float("inf"), eps=given["eps"], **ends)
         one_hot = torch.eye(10)[labels].bool()
@@ -114,7 +115,9 @@ def auto_lirpa(norms: bool = False) -> Any:
 
         def loss() -> Any:
             lower = margins()
-            return torch.nn.functional.cross_entropy(-torch.cat([torch.zeros(len(lower), 1), lower], 1), first)
+            return torch.nn.functional.cross_entropy(
+                -torch.cat([torch.zeros(len(lower), 1), lower], 1), first
+            )
 
         bounded(BoundedTensor(images, ball))
         shown = torch.zeros(len(labels), 10).masked_scatter(~one_hot, margins().detach())[:COMPARED].tolist()
@@ -129,7 +132,7 @@ def check(outputs: dict[str, Any]) -> str:
     for norms in (False, True):
         found = [out for name, out in outputs.items() if "margins" in out and ("batch norm" in name) == norms]
         for other in found[1:]:
-            ours, theirs = (sum(one["margins"], []) for one in (found[0], other))
+            ours, theirs = ([value for row in one["margins"] for value in row] for one in (found[0], other))
             scale = max(map(abs, ours))
             worst_margin = max(worst_margin, *(abs(a - b) / scale for a, b in zip(ours, theirs, strict=True)))
             losses = zip(found[0]["losses"], other["losses"], strict=True)

@@ -308,6 +308,9 @@ def _affine(layer: Any, box: Box, node: fx.Node, weight: Tensor, bias: Tensor | 
         return affine_box(box, F.linear, weight, bias)
 
     def convolve(part: Tensor, kernel: Tensor, offset: Tensor | None) -> Tensor:
+        if kernel.shape[1] == 1:
+            # Elementwise work forgets which layout one channel was in; centre and radius must come out in the same.
+            kernel = kernel.as_strided(kernel.shape, layer.weight.stride())
         return F.conv2d(part, kernel, offset, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     return affine_box(box, convolve, weight, bias)
