@@ -18,6 +18,7 @@ from temper.core.errors import ConfigError, DataError
 __all__ = [
     "Box",
     "Inputs",
+    "Statistics",
     "add_boxes",
     "affine_box",
     "box_between",
