@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from temper.core.errors import NumericsError
 from temper.core.types import Run
@@ -78,17 +78,18 @@ def row_batches(system: Encoder, lengths: Sequence[int], run: Run) -> list[list[
 
 
 def vectors(system: Encoder, rows: Sequence[Sequence[int]]) -> Tensor:
-    """One vector a row of ids, float32 (B, D), with gradient; the caller chooses precision and modes."""
+    """One vector a row of ids, float32 (float64 for float64), (B, D), with gradient; the caller chooses precision and modes."""
     # Rows of equal length must be neighbours to share one attention call.
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     ordered = [rows[place] for place in order]
     lengths = torch.tensor([len(row) for row in ordered], device=system.device)
     hidden_SD = (_in_a_row if system.takes_rows else _padded)(system, ordered)
     with torch.autocast(system.device.type, enabled=False):
-        out_BD = pool(hidden_SD.float(), lengths, system.layout.pooling)
+        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
+        out_BD = pool(hidden_SD.to(wide), lengths, system.layout.pooling)
         dense = iter(getattr(system.model, "sentence_head", ()))
         for step in system.layout.steps:
-            out_BD = next(dense)(out_BD).float() if step == "dense" else torch.nn.functional.normalize(out_BD)
+            out_BD = next(dense)(out_BD).to(wide) if step == "dense" else nn.functional.normalize(out_BD)
     return out_BD[torch.tensor(order, device=system.device).argsort()]
 
 

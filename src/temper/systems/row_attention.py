@@ -54,12 +54,15 @@ def row_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
-    parts, start = [], 0
-    for length, group in groupby(row_lengths):
-        count = sum(1 for _ in group)
-        end = start + count * length
-        rows = [t[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for t in (query, key, value)]
+    groups = [(length, sum(1 for _ in group)) for length, group in groupby(row_lengths)]
+    # One split each: the backward pass of slices would fill a whole tensor of zeros for every group.
+    parts = zip(
+        *(t[0].split([length * count for length, count in groups], dim=1) for t in (query, key, value)),
+        strict=True,
+    )
+    out = []
+    for (length, count), part in zip(groups, parts, strict=True):
+        rows = [t.unflatten(1, (count, length)).transpose(0, 1) for t in part]
         seen_GHTd = nn.functional.scaled_dot_product_attention(*rows, dropout_p=dropout, scale=scaling)
-        parts.append(seen_GHTd.transpose(1, 2).flatten(0, 1))
-        start = end
-    return torch.cat(parts)[None], None
+        out.append(seen_GHTd.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[None], None
