@@ -265,7 +265,7 @@ def test_scoring_leaves_the_model_as_it_was_and_gives_trainable_constants():
 def test_the_hook_goes_when_the_model_raises():
     model = llama()
     with pytest.raises(IndexError):
-        score_batch(model, collate([Example([1, VOCAB + 5], [False, True])], 0))
+        score_batch(model, collate([Example([VOCAB + 5, 1], [False, True])], 0))
     assert not model.lm_head._forward_pre_hooks
 
 

@@ -191,8 +191,26 @@ def token_budget_batches(lengths: Sequence[int], budget: int, *, overhead: int =
     return batches
 
 
-def plan_batches(lengths: Sequence[int], run: Run) -> list[list[int]]:
-    """Batches by the run's token budget; in exact mode every row stands alone, so that no budget changes a bit."""
+def plan_batches(lengths: Sequence[int], run: Run, *, packed: bool = False) -> list[list[int]]:
+    """Batches by the run's token budget; in exact mode every row stands alone, so that no budget changes a bit.
+
+    `packed`: rows are read end to end, so no padding counts and their order stays.
+    """
     if run.exact:
         return [[index] for index in range(len(lengths))]
+    if packed:
+        return _runs(lengths, run.batch_tokens)
     return token_budget_batches(lengths, run.batch_tokens)
+
+
+def _runs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in runs of at most `budget` tokens; a longer row stands alone."""
+    batches: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not batches or length > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(index)
+        room -= length
+    return batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Objective(Protocol[Item_contra]):
     """What is minimised: the sum over terms of weight * total / count.
 
     An objective that compares items within a batch sets `unsplittable = True` (absent means False); it then gets
-    all items of a step in one call.
+    all items of a step in one call, which must fit the token budget unless it says `bounds_memory = True`. One that only asks for `score_batch` sets `packs = True` (absent means False):
+    where rows are read end to end, a micro-batch is then filled by their tokens alone.
     """
 
     @property
@@ -49,6 +50,7 @@ class SftObjective:
     pad_id: int
     device: str | torch.device = "cpu"
     weights: Mapping[str, float] = field(default_factory=lambda: {"nll": 1.0})
+    packs: ClassVar[bool] = True
 
     def counts(self, items: Sequence[Example]) -> dict[str, float]:
         """Scored tokens."""

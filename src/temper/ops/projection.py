@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from temper.core.errors import ModelError
+from temper.ops.packed import Line, can_pack, pack, packed_forward
 from temper.ops.precision import eval_mode
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "gather_logprobs",
     "head_is_plain",
     "head_of",
+    "packed_hidden",
     "selected_logits",
     "token_logprobs",
     "wanted_hidden",
@@ -65,7 +67,28 @@ class Hidden(NamedTuple):
 
 
 def wanted_hidden(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) -> Hidden:
-    """The hidden states that reach the head at the chosen positions; the head itself runs on one position."""
+    """The hidden states that reach the head at the chosen positions; the head itself runs on one position.
+
+    Ids alone are rows padded on the right. To train on them, a CPU reads them end to end, each up to its last position.
+    """
+    ids_BT = inputs.get("input_ids")
+    packs = (
+        torch.is_grad_enabled() and len(inputs) == 1 and ids_BT is not None and ids_BT.device.type == "cpu"
+    )
+    if packs and len(at_BT) and can_pack(model):
+        used_B = (at_BT * torch.arange(1, at_BT.shape[1] + 1)).amax(1).tolist()
+        rows = [[ids[:used]] for ids, used in zip(inputs["input_ids"].tolist(), used_B, strict=True)]
+        at_1S = torch.cat([at[:used] for at, used in zip(at_BT, used_B, strict=True)])[None]
+        return packed_hidden(model, pack(rows), at_1S)
+    return _caught(model, lambda: model(**inputs, use_cache=False), at_BT)
+
+
+def packed_hidden(model: nn.Module, line: Line, at_1S: Tensor) -> Hidden:
+    """`wanted_hidden` of a packed line."""
+    return _caught(model, lambda: packed_forward(model, line), at_1S)
+
+
+def _caught(model: nn.Module, forward: Callable[[], Any], at_BT: Tensor) -> Hidden:
     caught: list[Tensor] = []
 
     def catch(hidden_BTD: Tensor) -> Tensor:
@@ -73,7 +96,7 @@ def wanted_hidden(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) ->
         return hidden_BTD[:1, :1]
 
     with _head_input(model, catch):
-        logits = model(**inputs, use_cache=False).logits
+        logits = forward().logits
     return Hidden(caught[0], logits.shape[-1])
 
 

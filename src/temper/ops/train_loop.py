@@ -19,6 +19,7 @@ from temper.ops import checkpoint
 from temper.ops.batching import plan_batches
 from temper.ops.objectives import Objective, SumCount
 from temper.ops.optim import lr_factor, set_lr
+from temper.ops.packed import can_pack
 from temper.ops.precision import autocast, short_attention
 from temper.ops.processes import processes
 from temper.ops.train_settings import TrainLog, TrainSettings
@@ -151,7 +152,8 @@ class Loop(Generic[Item]):
             self._check_whole(lengths)
             plan = [list(range(len(items)))]
         else:
-            plan = plan_batches(lengths, self.run)
+            packs = getattr(self.objective, "packs", False) and self.is_cpu and can_pack(self.model)
+            plan = plan_batches(lengths, self.run, packed=packs)
         self.log.num_padded_tokens += sum(
             len(places) * max(lengths[place] for place in places) for places in plan
         )
@@ -159,7 +161,8 @@ class Loop(Generic[Item]):
 
     def _check_whole(self, lengths: Sequence[int]) -> None:
         needed = len(lengths) * max(lengths)
-        if needed > self.run.batch_tokens or self.procs.num > 1:
+        fits = needed <= self.run.batch_tokens or getattr(self.objective, "bounds_memory", False)
+        if not fits or self.procs.num > 1:
             raise ConfigError(
                 f"The loss compares the items of a step and cannot be split: {len(lengths)} items need {needed} "
                 f"tokens, the budget is {self.run.batch_tokens}, the processes are {self.procs.num}",

@@ -98,6 +98,7 @@ class UnlearnObjective:
         self.loss, self.config, self.pad_id, self.device = loss, config, pad_id, device
         self.reference, self.width = reference, width
         self.unsplittable = loss.forget.whole_step
+        self.packs = not any(term.divergence for term in loss.terms.values())
         self.weights = {"forget": config.forget_weight, **dict.fromkeys(loss.terms, config.retain_weight)}
         self.watches = "forget" in loss.forget.reads
         if self.watches:

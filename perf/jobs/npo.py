@@ -1,0 +1,164 @@
+"""Unlearning by NPO with all weights: temper's method beside a plain loop of transformers, its reference cached or not."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import Job, Measured, Side, main, model_folder, timed
+from training import losses_agree
+
+STEP_ROWS, EPOCHS, BETA, LR = 8, 2, 0.1, 1e-5
+
+
+def inputs() -> Any:
+    """The fictitious people's questions as ids, and the order in which temper takes them."""
+    from temper.data.loading import load_data
+    from temper.methods.unlearning.npo.card import Config
+    from temper.methods.unlearning.npo.training import encode_answers
+    from temper.systems.loading import load_base
+
+    records = load_data("builtin:people")["forget"][:32]
+    rows = encode_answers(load_base(model_folder()), records, Config())
+    order = []
+    for epoch in range(EPOCHS):
+        places = list(range(len(rows)))
+        random.Random(f"0/{epoch}").shuffle(places)
+        order += [places[start : start + STEP_ROWS] for start in range(0, len(places), STEP_ROWS)]
+    return {
+        "model": model_folder(),
+        "order": order,
+        "rows": [{"ids": row.ids, "scored": row.scored} for row in rows],
+    }
+
+
+def num_tokens(given: Any) -> int:
+    return EPOCHS * sum(len(row["ids"]) for row in given["rows"])
+
+
+def ours(given: Any) -> Measured:
+    """The method's fit, its encoding and its reference included."""
+    import os
+    import tempfile
+
+    os.environ["TEMPER_CACHE"] = tempfile.mkdtemp()
+    from temper.artefacts import tuning
+    from temper.core.types import Run
+    from temper.data.loading import load_data
+    from temper.methods.unlearning.npo.card import Config
+    from temper.methods.unlearning.npo.training import prepare, tune, unlearn
+    from temper.systems.loading import load_base
+
+    system, run, data = load_base(given["model"]), Run(precision="bf16"), load_data("builtin:people")
+    plain = {
+        "loss": "npo",
+        "beta": BETA,
+        "lr": LR,
+        "weight_decay": 0.0,
+        "batch_rows": STEP_ROWS,
+        "mode": "full",
+    }
+    steady = {
+        "schedule": "constant",
+        "warmup_epochs": 0.0,
+        "watch_every": 0,
+        "num_epochs": float(EPOCHS),
+        "min_steps": 0,
+    }
+    config = Config(**plain, **steady)
+
+    def fit(first: int, last: int) -> Any:
+        rows = prepare(system, data.with_part("forget", data["forget"][first:last]), config, run)
+        with tuning(system, tune(config), run) as tuned:
+            log, _ = unlearn(tuned, rows, config, run)
+            tuned.finish("npo")
+        return log
+
+    fit(32, 40)
+    log, seconds = timed(lambda: fit(0, 32))
+    return Measured(num_tokens(given), seconds, {"loss": log.loss})
+
+
+def loop(given: Any, cached: bool) -> Measured:
+    """Float32 weights under bf16 autocast, padded batches, fused AdamW; the reference is a second model."""
+    import copy
+
+    import torch
+    from torch.nn.functional import logsigmoid
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+
+    def sums(model: Any, rows: list[Any]) -> Any:
+        width = max(len(row["ids"]) for row in rows)
+        ids = torch.tensor([row["ids"] + [0] * (width - len(row["ids"])) for row in rows])
+        mask = torch.tensor([[1] * len(row["ids"]) + [0] * (width - len(row["ids"])) for row in rows])
+        scored = torch.tensor([row["scored"] + [False] * (width - len(row["ids"])) for row in rows])[:, 1:]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        logp = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return (logp * scored).sum(1)
+
+    def fit(steps: list[list[int]]) -> list[float]:
+        model, reference, losses = copy.deepcopy(start).train(), start, []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        stored: dict[int, Any] = {}
+        if cached:
+            places = sorted(
+                {place for step in steps for place in step},
+                key=lambda place: len(given["rows"][place]["ids"]),
+            )
+            for first in range(0, len(places), STEP_ROWS):
+                part = places[first : first + STEP_ROWS]
+                with torch.no_grad():
+                    stored |= dict(
+                        zip(part, sums(reference, [given["rows"][place] for place in part]), strict=True)
+                    )
+        for step in steps:
+            rows = [given["rows"][place] for place in step]
+            if cached:
+                ref = torch.stack([stored[place] for place in step])
+            else:
+                with torch.no_grad():
+                    ref = sums(reference, rows)
+            loss = -2 / BETA * logsigmoid(-BETA * (sums(model, rows) - ref)).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        return losses
+
+    fit(given["order"][:1])
+    losses, seconds = timed(lambda: fit(given["order"]))
+    return Measured(num_tokens(given), seconds, {"loss": losses})
+
+
+def plain_loop(given: Any) -> Measured:
+    return loop(given, cached=False)
+
+
+def cached_loop(given: Any) -> Measured:
+    return loop(given, cached=True)
+
+
+JOB = Job(
+    name="npo",
+    about="NPO on 32 question-answer rows, 8 a step, two epochs, all weights.",
+    unit="tokens/s",
+    target=2.5,
+    inputs=inputs,
+    sides={
+        "temper": Side(ours),
+        "loop": Side(plain_loop, "transformers"),
+        "loop, cached reference": Side(cached_loop, "transformers"),
+    },
+    check=lambda outputs: losses_agree(outputs, {"loop", "loop, cached reference"}, 0.3),
+)
+
+if __name__ == "__main__":
+    main(JOB)
