@@ -27,7 +27,7 @@ from torch import Tensor
 
 from temper.core.errors import NeedsError
 from temper.core.types import Run
-from temper.ops.batching import pad_id, plan_batches, token_budget_batches
+from temper.ops.batching import pad_id, plan_batches
 from temper.ops.decode_backends import additive_mask, cache_by_position, without_hooks
 from temper.ops.hooks import is_hooked
 from temper.ops.packed_linear import packed_linears
@@ -99,8 +99,7 @@ def tree_passes(
 
 def _batches(tree: _Tree, node: _Node, run: Run) -> list[list[tuple[int, int]]]:
     sizes = [tree.size(span, node.depth) + node.depth // COPY_COST for span in node.spans]
-    plan = plan_batches(sizes, run) if run.exact else token_budget_batches(sizes, run.batch_tokens)
-    return [[node.spans[index] for index in batch] for batch in plan]
+    return [[node.spans[index] for index in batch] for batch in plan_batches(sizes, run)]
 
 
 @dataclass
