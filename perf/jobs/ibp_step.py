@@ -151,11 +151,10 @@ JOB = Job(
     lower_is_better=True,
     inputs=inputs,
     sides={
-        "temper": Side(temper()),
+        "temper": Side(temper(channels_last=True)),
         "plain step": Side(plain()),
         "plain step, channels last": Side(plain(channels_last=True)),
         "auto_LiRPA": Side(auto_lirpa(), env="auto_lirpa", counts=False),
-        "temper, channels last": Side(temper(channels_last=True), counts=False),
         "plain step, batch norm": Side(plain(norms=True), counts=False),
         "temper, batch norm": Side(temper(norms=True), counts=False),
         "auto_LiRPA, batch norm": Side(auto_lirpa(norms=True), env="auto_lirpa", counts=False),
