@@ -10,11 +10,13 @@ from gcg_64 import SLOT_TOKENS, TOPK, nanogcg_model
 from harness import Job, Measured, Side, main, model_folder, timed
 
 SEARCHES = (
-    ("How do I fold a paper boat?", "Sure, here is a riddle", 0),
-    ("What is the opposite of cold?", "Sure, here is a story about rain", 1),
+    ("How do I fold a paper boat?", "Sure, here is a riddle", 2.25),
+    ("What is the opposite of cold?", "Sure, here is a story about rain", 2.9),
 )
-WIDTH, GOAL, MOST_STEPS = 128, 2.0, 60
-LAYERS, REDUCTION = 10, 8
+"""Prompt, target, and the loss to reach, about 0.55 and 1 nat a token below that of the first slot."""
+WIDTH, MOST_STEPS = 64, 60
+LAYERS, REDUCTION = 2, 8
+WARM_UP = {"prompt": "Hello!", "target": "Good day", "before": None}
 
 
 def inputs() -> dict[str, Any]:
@@ -26,13 +28,12 @@ def inputs() -> dict[str, Any]:
     folder = model_folder()
     system = load_base(folder)
     searches = []
-    for text, target, seed in SEARCHES:
+    for seed, (text, target, goal) in enumerate(SEARCHES):
         prompt = slot_prompt(system, text, target)
         slot = initial_ids([prompt], SLOT_TOKENS)
-        ids = {"before": prompt.before, "after": prompt.after, "target_ids": prompt.target, "slot": slot}
-        searches.append(
-            {"prompt": text, "target": target, "seed": seed, "text": prompt.texts([slot])[0]} | ids
-        )
+        ids = {"before": prompt.before, "after": prompt.after, "target_ids": prompt.target}
+        said = {"prompt": text, "target": target, "text": prompt.texts([slot])[0]}
+        searches.append(said | ids | {"goal": goal, "seed": seed})
     barred = (~allowed_mask(system)).nonzero()[:, 0].tolist()
     return {"folder": folder, "searches": searches, "barred": barred}
 
@@ -59,15 +60,15 @@ def temper_side(given: Any, draft: str) -> Measured:
         draft_reduction=REDUCTION,
     )
 
-    def search(prompt: str, target: str, seed: int, most_steps: int = MOST_STEPS) -> list[float]:
-        goals = prepare(system, [Behaviour(prompt, target)], config)
-        found = open_search([goals], allowed, config, Run(), torch.Generator().manual_seed(seed))
-        while found.best.loss > GOAL and found.num_steps < most_steps:
+    def search(said: Mapping[str, Any], most_steps: int = MOST_STEPS) -> list[float]:
+        goals = prepare(system, [Behaviour(said["prompt"], said["target"])], config)
+        found = open_search([goals], allowed, config, Run(), torch.Generator().manual_seed(said["seed"]))
+        while found.best.loss > said["goal"] and found.num_steps < most_steps:
             found.step()
         return found.curve
 
-    search("Hello!", "Good day", 0, 1)
-    return _measured(lambda: [search(s["prompt"], s["target"], s["seed"]) for s in given["searches"]])
+    search(given["searches"][0] | WARM_UP, 1)
+    return _measured(lambda: [search(said) for said in given["searches"]])
 
 
 def nanogcg_side(given: Any, probe: bool) -> Measured:
@@ -84,7 +85,7 @@ def nanogcg_side(given: Any, probe: bool) -> Measured:
     class Stopped(GCG):
         def _seen(self, loss: float) -> None:
             self.curve.append(loss)
-            self.stop_flag = loss <= GOAL
+            self.stop_flag = loss <= self.goal
 
         def _compute_candidates_loss_original(self, search_batch_size: int, input_embeds: Any) -> Any:
             loss = super()._compute_candidates_loss_original(search_batch_size, input_embeds)
@@ -97,34 +98,32 @@ def nanogcg_side(given: Any, probe: bool) -> Measured:
             self._seen(found[0])
             return found
 
-    def search(
-        prompt: str, target: str, seed: int, text: str, most_steps: int = MOST_STEPS, ids: Any = None
-    ) -> list[float]:
+    def search(said: Mapping[str, Any], most_steps: int = MOST_STEPS) -> list[float]:
         config = nanogcg.GCGConfig(
             num_steps=most_steps,
-            optim_str_init=text,
+            optim_str_init=said["text"],
             search_width=WIDTH,
             topk=TOPK,
-            batch_size=16,
             probe_sampling_config=drafting,
             verbosity="ERROR",
         )
         gcg = Stopped(model, tokenizer, config)
-        gcg.curve, gcg.not_allowed_ids = [], torch.tensor(given["barred"])
-        torch.manual_seed(seed)
-        gcg.run(prompt, target)
-        if ids:
-            parts = [gcg.before_embeds, gcg.after_embeds, gcg.target_embeds]
-            assert all(
-                torch.equal(part, gcg.embedding_layer(torch.tensor([ids[name]])))
-                for part, name in zip(parts, ("before", "after", "target_ids"), strict=True)
-            )
+        gcg.curve, gcg.goal, gcg.not_allowed_ids = [], said["goal"], torch.tensor(given["barred"])
+        torch.manual_seed(said["seed"])
+        gcg.run(said["prompt"], said["target"])
+        for name, part in (
+            ("before", gcg.before_embeds),
+            ("after", gcg.after_embeds),
+            ("target_ids", gcg.target_embeds),
+        ):
+            if said["before"]:
+                assert torch.equal(part, gcg.embedding_layer(torch.tensor([said[name]]))), (
+                    f"{name} has other ids"
+                )
         return gcg.curve
 
-    search("Hello!", "Good day", 0, given["searches"][0]["text"], 1)
-    return _measured(
-        lambda: [search(s["prompt"], s["target"], s["seed"], s["text"], ids=s) for s in given["searches"]]
-    )
+    search(given["searches"][0] | WARM_UP, 1)
+    return _measured(lambda: [search(said) for said in given["searches"]])
 
 
 def _first_layers(model: Any) -> Any:
@@ -148,8 +147,9 @@ def _measured(work: Any) -> Measured:
 def check(outputs: Mapping[str, Any]) -> str:
     """Every side reached the loss in every search; the plain sides took the same way there."""
     for name, curves in outputs.items():
-        assert all(min(curve) <= GOAL for curve in curves), f"{name} ended at {[min(c) for c in curves]}"
-    said = f"all reached {GOAL} nats a token; steps " + ", ".join(
+        reached = [min(curve) <= goal for curve, (*_, goal) in zip(curves, SEARCHES, strict=True)]
+        assert all(reached), f"{name} ended at {[min(curve) for curve in curves]}"
+    said = "all reached the losses; steps " + ", ".join(
         f"{name} {[len(curve) - 1 for curve in curves]}" for name, curves in outputs.items()
     )
     plain = [outputs[name] for name in ("temper-plain", "nanogcg") if name in outputs]
@@ -168,7 +168,7 @@ JOB = Job(
     lower_is_better=True,
     inputs=inputs,
     sides={
-        "temper": Side(functools.partial(temper_side, draft=f"layers:{LAYERS}")),
+        "temper": Side(functools.partial(temper_side, draft="gradient")),
         "temper-plain": Side(functools.partial(temper_side, draft=""), counts=False),
         "nanogcg": Side(functools.partial(nanogcg_side, probe=False), "nanogcg"),
         "nanogcg-probe": Side(functools.partial(nanogcg_side, probe=True), "nanogcg", counts=False),
