@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -159,12 +160,13 @@ def attach_dense(model: nn.Module, dense: list[Dense]) -> None:
 
 def write_layout(model: Any, tokenizer: Any, layout: Layout, folder: Path) -> None:
     """Write model, tokenizer and layout so that sentence-transformers, of any version, loads the same encoder."""
-    from safetensors.torch import save_file
-
-    state = model.state_dict()
-    body = {name: tensor for name, tensor in state.items() if not name.startswith(f"{HEAD}.")}
-    model.save_pretrained(folder, state_dict=body)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    body = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{HEAD}.")}
+    _save_tensors(folder, body)
     modules = [_entry(0, "", "Transformer"), _entry(1, "1_Pooling", "Pooling")]
     dense = iter(getattr(model, HEAD, ()))
     for place, step in enumerate(layout.steps, start=2):
@@ -174,8 +176,7 @@ def write_layout(model: Any, tokenizer: Any, layout: Layout, folder: Path) -> No
         if step == "dense":
             layer = next(dense)
             _write(folder / f"{place}_{name}" / "config.json", layer.config)
-            tensors = {key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items()}
-            save_file(tensors, folder / f"{place}_{name}" / "model.safetensors", metadata={"format": "pt"})
+            _save_tensors(folder / f"{place}_{name}", layer.state_dict())
     _write(folder / "modules.json", modules)
     (folder / "1_Pooling").mkdir(exist_ok=True)
     old: dict[str, Json] = {key: mode in layout.pooling for key, mode in OLD_POOLING.items()}
@@ -189,6 +190,14 @@ def write_layout(model: Any, tokenizer: Any, layout: Layout, folder: Path) -> No
     default = layout.default_prompt or None
     common = {"prompts": dict(layout.prompts), "default_prompt_name": default}
     _write(folder / "config_sentence_transformers.json", common)
+
+
+def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    # Cloned: safetensors refuses tensors that share memory.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _entry(place: int, path: str, name: str) -> dict[str, Json]:
