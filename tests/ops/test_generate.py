@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from temper.core.errors import ConfigError, DataError, NeedsError, NumericsError
 from temper.core.types import Message, Run
+from temper.ops import decode_cache
 from temper.ops.decode_backends import PromptRow, RowBackend, SlotBackend, slots_work
 from temper.ops.decoding import prefill_groups
 from temper.ops.generate import Reply, Sampling, generate, prompt_ids
@@ -107,6 +108,31 @@ def test_any_batch_gives_what_single_prompts_give(
     prompts = random_prompts(lengths, seed=sum(lengths), prefix=prefix)
     got = generate(system, prompts, Sampling(max_new_tokens=6), Run(batch_tokens=budget), width=width)
     assert ids_of(got) == [slow_greedy(system, ids, 6) for ids in prompts]
+
+
+@pytest.mark.parametrize("lengths", [(6,) * 9, LENGTHS])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_attention_a_few_rows_at_a_time_changes_nothing(
+    lively, random_prompts, slow_greedy, monkeypatch, kind, lengths
+):
+    system = lively(kind)
+    prompts = random_prompts(lengths)
+    calls = []
+    plain = decode_cache.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def count(module, query, key, *args, **more):
+        calls.append((len(query), key.shape[2]))
+        return plain(module, query, key, *args, **more)
+
+    monkeypatch.setattr(decode_cache, "SPAN_ROWS", 4)
+    monkeypatch.setattr(decode_cache, "ALL_ATTENTION_FUNCTIONS", {"sdpa": count})
+    got = generate(system, prompts, Sampling(max_new_tokens=5), RUN)
+    assert ids_of(got) == [slow_greedy(system, ids, 5) for ids in prompts]
+    assert {rows for rows, _ in calls} <= {1, 2, 3, 4}
+    assert (4, max(lengths) + 1) in calls
+    if lengths == LENGTHS:
+        assert (4, sorted(lengths)[3] + 1) in calls
+    assert system.model.config._attn_implementation == "sdpa"
 
 
 def test_only_last_positions_reach_the_vocabulary(lively, random_prompts):

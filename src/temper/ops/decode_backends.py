@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from temper.ops.decode_cache import SlotCache
+from temper.ops.decode_cache import SlotCache, attend_by_spans
 from temper.ops.rows import Rows, publish_rows
 
 __all__ = [
@@ -172,7 +172,10 @@ class SlotBackend:
             mask = additive_mask(self.model, seen_BK)[:, None, None]
         rows = Rows(*_named(prompts), positions, [1] * len(prompts), max(positions) + 1)
         input_B1 = torch.tensor(tokens, device=self.device)[:, None]
-        return self._forward(rows, input_B1, self._slots, None, position_ids=position_B1, attention_mask=mask)
+        with attend_by_spans(self.model, positions):
+            return self._forward(
+                rows, input_B1, self._slots, None, position_ids=position_B1, attention_mask=mask
+            )
 
     def drop(self, slot: int, last: int, last_length: int) -> None:
         """Forget a row; the last one moves into its slot."""

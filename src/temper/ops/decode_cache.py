@@ -2,21 +2,34 @@
 
 Row b of the batch lives in slot b of every layer's buffer, its text at columns 0, 1, 2...; so a
 column is a position, whatever the other rows do. A step writes one column a row in place; rows
-leave by moving the last row into their slot; buffers grow in strides.
+leave by moving the last row into their slot; buffers grow in strides. On a CPU a step attends few
+rows at a time, to no more columns than the longest of them has: prompts come longest first, so
+neighbours have similar lengths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["SlotCache"]
+__all__ = ["SlotCache", "attend_by_spans"]
 
 STRIDE = 64
 """Columns added beyond what is needed when buffers grow."""
+SPAN_ROWS = 8
+"""Rows that attend together on a CPU."""
+BY_SPANS = "temper_spans"
+"""The name that models know this attention by."""
+_SPANS: ContextVar[list[tuple[int, int, int]]] = ContextVar("spans")
 
 
 class _Plan:
@@ -134,3 +147,40 @@ class SlotCache(Cache):
         plan.slot_B1 = torch.arange(len(position_B), device=device)[:, None]
         plan.position_B1 = torch.tensor(position_B, device=device)[:, None]
         plan.flat = {}
+
+
+@contextmanager
+def attend_by_spans(model: Any, position_B: Sequence[int]) -> Iterator[None]:
+    """Inside the block a step that writes row b at position_B[b] reads few columns beyond; sdpa on a CPU only."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa" or model.device.type != "cpu":
+        yield
+        return
+    starts = range(0, len(position_B), SPAN_ROWS)
+    token = _SPANS.set([(n, n + SPAN_ROWS, max(position_B[n : n + SPAN_ROWS]) + 1) for n in starts])
+    config._attn_implementation = BY_SPANS
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+        _SPANS.reset(token)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """What transformers' own `sdpa` gives, (B, 1, H, size), a span of rows at a time."""
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    parts = []
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(len(query), -1, -1, -1)
+    for start, stop, num_keys in _SPANS.get():
+        rows = slice(start, stop)
+        mask = None if attention_mask is None else attention_mask[rows, ..., :num_keys]
+        keys, values = key[rows, :, :num_keys], value[rows, :, :num_keys]
+        parts.append(whole(module, query[rows], keys, values, mask, **more)[0])
+    return torch.cat(parts), None
+
+
+AttentionInterface.register(BY_SPANS, _attend)
+AttentionMaskInterface.register(BY_SPANS, sdpa_mask)
