@@ -164,7 +164,7 @@ def limit(given: Any, machine: Mapping[str, float]) -> float:
 
 
 def job(width: int, steps: int) -> Job:
-    """The job at one width; nanoGCG with all candidates in a batch, its default, and with few."""
+    """The job at one width; nanoGCG with all candidates in a batch, its default, and with a quarter."""
     return Job(
         name=f"gcg-{width}",
         about=__doc__ or "",
@@ -174,12 +174,14 @@ def job(width: int, steps: int) -> Job:
         sides={
             "temper": Side(functools.partial(temper_side, dtype="float32")),
             "nanogcg": Side(functools.partial(nanogcg_side, dtype="float32", batch_size=None), "nanogcg"),
-            "nanogcg-batch-16": Side(
-                functools.partial(nanogcg_side, dtype="float32", batch_size=16), "nanogcg"
+            "nanogcg-quarter": Side(
+                functools.partial(nanogcg_side, dtype="float32", batch_size=width // 4), "nanogcg"
             ),
             "temper-bf16": Side(functools.partial(temper_side, dtype="bfloat16"), counts=False),
             "nanogcg-bf16": Side(
-                functools.partial(nanogcg_side, dtype="bfloat16", batch_size=16), "nanogcg", counts=False
+                functools.partial(nanogcg_side, dtype="bfloat16", batch_size=None),
+                "nanogcg",
+                counts=False,
             ),
         },
         check=check,
