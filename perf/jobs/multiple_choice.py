@@ -49,7 +49,9 @@ def temper(given: Any) -> Measured:
     system = load_base(given["model"])
 
     def work(questions: Any) -> list[list[float]]:
-        items = [encode_choices(system, asked["context"], asked["choices"], delimiter="") for asked in questions]
+        items = [
+            encode_choices(system, asked["context"], asked["choices"], delimiter="") for asked in questions
+        ]
         return [logp_K.tolist() for logp_K in choice_logprobs(system, items, Run())]
 
     work(given["warm_up"])
