@@ -206,35 +206,32 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """softmax(q [prefix keys, own keys]^T scaling + mask) [prefix values, own values], (B, T, H, width).
 
-    All heads' and rows' queries of a key head meet its prefix in one product: (key heads, B x group x T, width).
+    All heads' and rows' queries of a key head meet its prefix in one product: (key heads, group x B x T, width).
     """
     if any(more.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise RuntimeError("this attention is more than a softmax of products")
     cache, rows = _READ.get()
     layer = cache.prefix[module.layer_idx]
-    if rows is not None:
-        query, key, value = (states[0][:, rows.token_BW].transpose(0, 1) for states in (query, key, value))
+    states = (query, key, value)
+    if rows is None:
+        query, key, value = (state.transpose(0, 1) for state in states)
+    else:
+        query, key, value = (state[0][:, rows.token_BW] for state in states)
         attention_mask = rows.seen_B1WK
-    (num_rows, num_heads, num_tokens, width), heads = query.shape, key.shape[1]
-    group = num_heads // heads
-    joint = (heads, num_rows * group * num_tokens, -1)
-    by_row = (heads, num_rows, group * num_tokens, -1)
-    query = query.reshape(num_rows, heads, -1, width).transpose(0, 1).contiguous()
-    query = query * (width**-0.5 if scaling is None else scaling)
-    before = query.reshape(joint) @ layer.keys[0].to(query.dtype).mT
-    scores = torch.cat([before.view(by_row), query @ key.transpose(0, 1).mT], dim=-1)
+    heads, width = len(key), query.shape[-1]
+    query = (query * (width**-0.5 if scaling is None else scaling)).unflatten(0, (heads, -1))
+    before = query.reshape(heads, -1, width) @ layer.keys[0].to(query.dtype).mT
+    scores = torch.cat([before.view(*query.shape[:-1], -1), query @ key[:, None].mT], dim=-1)
     if attention_mask is not None:
-        apart = scores.view(heads, num_rows, group, num_tokens, -1)
-        apart.masked_fill_(~attention_mask[:, 0, None], torch.finfo(scores.dtype).min)
+        scores.masked_fill_(~attention_mask[:, 0], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     first = before.shape[-1]
-    out = weights[..., first:] @ value.transpose(0, 1)
-    out += (weights[..., :first].reshape(joint) @ layer.values[0].to(value.dtype)).view(by_row)
-    # A head is (key head, its place in the group).
-    parts = out.view(heads, num_rows, group, num_tokens, -1).permute(1, 3, 0, 2, 4)
-    if rows is not None:
-        return parts.reshape(num_rows * num_tokens, num_heads, -1)[rows.place_S][None], None
-    return parts.reshape(num_rows, num_tokens, num_heads, -1), None
+    out = weights[..., first:] @ value[:, None]
+    out += (weights[..., :first].reshape(heads, -1, first) @ layer.values[0].to(value.dtype)).view(out.shape)
+    out = out.flatten(0, 1)  # (H, B, T, width): a head is (key head, its place in the group)
+    if rows is None:
+        return out.permute(1, 2, 0, 3), None
+    return out.flatten(1, 2)[:, rows.place_S].transpose(0, 1)[None], None
 
 
 AttentionInterface.register(READ_ONCE, _attend)
