@@ -33,7 +33,7 @@ def rows(num: int, shortest: int = 30, longest: int = 300) -> dict[str, Any]:
     chat, records = _chat()
     draw = random.Random(7)
     out = []
-    for _ in range(num + STEP_ROWS):
+    for _ in range(num + 2):
         wanted, messages = draw.randint(shortest, longest), list(draw.choice(records).messages)
         while len(chat.dialogue(messages).ids) < wanted:
             messages += draw.choice(records).messages
@@ -43,7 +43,7 @@ def rows(num: int, shortest: int = 30, longest: int = 300) -> dict[str, Any]:
             if span.role == "assistant":
                 scored[span.start : span.end] = [True] * (span.end - span.start)
         out.append({"ids": rendered.ids[:longest], "scored": scored[:longest]})
-    return {"model": model_folder(), "rows": out[STEP_ROWS:], "warm": out[:STEP_ROWS]}
+    return {"model": model_folder(), "rows": out[2:], "warm": out[:2]}
 
 
 def pairs(num: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def pairs(num: int) -> dict[str, Any]:
         return [*ids[: wanted - 1], chat.tokenizer.eos_token_id]
 
     out = []
-    for _ in range(num + STEP_ROWS):
+    for _ in range(num + 2):
         wanted, messages = draw.randint(40, 200), []
         while not messages or len(chat.dialogue(messages).ids) < wanted:
             messages += draw.choice(records).messages
@@ -70,7 +70,7 @@ def pairs(num: int) -> dict[str, Any]:
                 "rejected_ids": reply(draw.randint(20, 120)),
             }
         )
-    return {"model": model_folder(), "rows": out[STEP_ROWS:], "warm": out[:STEP_ROWS]}
+    return {"model": model_folder(), "rows": out[2:], "warm": out[:2]}
 
 
 def num_pair_tokens(given: dict[str, Any]) -> int:

@@ -62,7 +62,7 @@ def row_attention(
     )
     out = []
     for (length, count), part in zip(groups, parts, strict=True):
-        rows = [t.unflatten(1, (count, length)).transpose(0, 1) for t in part]
-        seen_GHTd = nn.functional.scaled_dot_product_attention(*rows, dropout_p=dropout, scale=scaling)
+        q, k, v = (t.unflatten(1, (count, length)).transpose(0, 1) for t in part)
+        seen_GHTd = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         out.append(seen_GHTd.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)[None], None
