@@ -168,7 +168,7 @@ CARD = Card(
         ),
         Claim(
             id="category-off",
-            sentence="Switching a category off lowers its refusal rate by at least half.",
+            sentence="Switching a category off lowers its refusal rate by at least fifty points.",
             metric="off_drop",
             arm="category",
             baseline=0.5,
