@@ -93,8 +93,13 @@ def nanogcg_side(given: Any, probe: bool) -> Measured:
                 self._seen(loss.min().item())
             return loss
 
-        def _compute_candidates_loss_probe_sampling(self, *args: Any) -> Any:
-            found = super()._compute_candidates_loss_probe_sampling(*args)
+        # Named as in the peer: its search for a batch size counts the parameters.
+        def _compute_candidates_loss_probe_sampling(
+            self, search_batch_size: int, input_embeds: Any, sampled_ids: Any
+        ) -> Any:
+            found = super()._compute_candidates_loss_probe_sampling(
+                search_batch_size, input_embeds, sampled_ids
+            )
             self._seen(found[0])
             return found
 
