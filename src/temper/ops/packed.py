@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Layout", "Segment", "can_pack", "pack", "packed_forward"]
+__all__ = ["Layout", "Line", "PackedAttention", "Segment", "can_pack", "pack", "packed_forward"]
 
 NAME = "temper_packed"
 BLOCK = 128
