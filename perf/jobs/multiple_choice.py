@@ -1,7 +1,7 @@
 """Log-likelihoods of 4 choices to each of 5 questions about a passage, float32: temper and lm-evaluation-harness.
 
 The passages are the facts of a made-up person. Both sides begin with text, so tokenising is timed on both.
-lm-evaluation-harness's batch size is the fastest of 4, 8, 16 and 32.
+lm-evaluation-harness reads 8 requests at a time; other batch sizes were not tried.
 """
 
 from __future__ import annotations
@@ -78,13 +78,16 @@ def harness_lm(given: Any) -> Measured:
 
 
 def check(outputs: Mapping[str, Any]) -> str:
-    """Every value to 1e-4 nats, and the same choice of each question."""
+    """Every value to 1e-4 nats and a hundred-thousandth of itself, and the same choice of each question."""
     sides = list(outputs.values())
     pairs = [(a, b) for side in sides[1:] for a, b in zip(sides[0], side, strict=True)]
-    worst = max((abs(x - y) for a, b in pairs for x, y in zip(a, b, strict=True)), default=0.0)
-    assert worst <= 1e-4, f"log-likelihoods differ by {worst:.1e}"
+    values = [(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)]
+    worst = max((abs(x - y) for x, y in values), default=0.0)
+    assert all(abs(x - y) <= 1e-4 + 1e-5 * abs(x) for x, y in values), (
+        f"log-likelihoods differ by {worst:.1e}"
+    )
     assert all(a.index(max(a)) == b.index(max(b)) for a, b in pairs), "choices differ"
-    return f"{len(sides[0])} identical choices, log-likelihoods within {worst:.0e}"
+    return f"{len(sides[0])} identical choices, log-likelihoods of up to {max(abs(x) for x, _ in values):.0f} nats within {worst:.1e}"
 
 
 def limit(given: Any, machine: Mapping[str, float]) -> float:
