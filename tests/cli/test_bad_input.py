@@ -198,7 +198,7 @@ def test_settings_of_a_wrong_type_or_range(home, capsys, setting, words):
         ("--arms ,", "not a list of names"),
         ("--device cpu:7", "unknown"),
         ("--nproc 0", "at least 1"),
-        ("--nproc x", "integer"),
+        ("--nproc x", "valid int"),
         ("--system tiny:llama+", "empty artefact"),
         ("--system tiny:llama+artefact@x", "not a number"),
         ("--system tiny:llama+hollow", "no artefact in 'hollow'"),
