@@ -463,7 +463,6 @@ def test_the_log_says_what_it_cost():
     log = sft(tiny(), rows(), Run())
     assert log.wall_s > 0
     assert log.tokens_per_s == pytest.approx(log.num_tokens / log.wall_s)
-    assert log.num_padded_tokens >= log.num_tokens
     assert log.peak_memory_bytes > 10**6
 
 

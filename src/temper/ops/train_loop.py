@@ -150,14 +150,9 @@ class Loop(Generic[Item]):
         self.log.num_tokens += sum(lengths)
         if getattr(self.objective, "unsplittable", False):
             self._check_whole(lengths)
-            plan = [list(range(len(items)))]
-        else:
-            packs = getattr(self.objective, "packs", False) and self.is_cpu and can_pack(self.model)
-            plan = plan_batches(lengths, self.run, packed=packs)
-        self.log.num_padded_tokens += sum(
-            len(places) * max(lengths[place] for place in places) for places in plan
-        )
-        return plan
+            return [list(range(len(items)))]
+        packs = getattr(self.objective, "packs", False) and self.is_cpu and can_pack(self.model)
+        return plan_batches(lengths, self.run, packed=packs)
 
     def _check_whole(self, lengths: Sequence[int]) -> None:
         needed = len(lengths) * max(lengths)

@@ -69,8 +69,6 @@ class TrainLog:
     """What the callback returned, each with its "step"."""
     num_tokens: int = 0
     """Tokens trained on, padding not counted."""
-    num_padded_tokens: int = 0
-    """The same with padding."""
     wall_s: float = 0.0
     peak_memory_bytes: int = 0
     """Of the process, or of the accelerator where there is one."""
