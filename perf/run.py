@@ -40,16 +40,15 @@ def write_table() -> None:
             row = json.loads(text)
             rows[row["job"], row["side"]] = row
     lines = [
-        "| job | side | rate | peak memory | ratio | target | share of the machine's limit |",
-        "|---|---|---|---|---|---|---|",
+        "| job | side | rate, median | runs | peak memory | ratio | target | share of the machine's limit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         ratio = f"{row['ratio']:.2f} of {row['against']}" if "ratio" in row else ""
         target = f"{row['target']:g} ({'met' if row['met'] else 'missed'})" if "target" in row else ""
         share = f"{row['rate'] / row['limit']:.0%}" if "limit" in row else ""
-        lines.append(
-            f"| {row['job']} | {row['side']} | {row['rate']:.4g} {row['unit']} | {row['peak_mb']:.0f} MB | {ratio} | {target} | {share} |"
-        )
+        rate = f"{row['rate']:.4g} {row['unit']} | {len(row['runs'])} | {row['peak_mb']:.0f} MB"
+        lines.append(f"| {row['job']} | {row['side']} | {rate} | {ratio} | {target} | {share} |")
     page = HERE / "README.md"
     head, _, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
     _, _, tail = rest.partition("<!-- /table -->\n")
