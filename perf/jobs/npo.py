@@ -10,9 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import Job, Measured, Side, main, model_folder, timed
-from training import losses_agree
+from training import losses_agree, trl_lora
 
-STEP_ROWS, EPOCHS, BETA, LR = 8, 2, 0.1, 1e-5
+STEP_ROWS, EPOCHS, BETA, LR = 8, 2, 0.1, {"full": 1e-5, "lora": 1e-4}
 
 
 def inputs() -> Any:
@@ -41,6 +41,10 @@ def num_tokens(given: Any) -> int:
 
 
 def ours(given: Any) -> Measured:
+    return temper_fit(given, "full")
+
+
+def temper_fit(given: Any, mode: str) -> Measured:
     """The method's fit, its encoding and its reference included."""
     import os
     import tempfile
@@ -57,10 +61,11 @@ def ours(given: Any) -> Measured:
     plain = {
         "loss": "npo",
         "beta": BETA,
-        "lr": LR,
+        "lr": LR[mode],
         "weight_decay": 0.0,
         "batch_rows": STEP_ROWS,
-        "mode": "full",
+        "mode": mode,
+        "rank": 16,
     }
     steady = {
         "schedule": "constant",
@@ -73,7 +78,7 @@ def ours(given: Any) -> Measured:
 
     def fit(first: int, last: int) -> Any:
         rows = prepare(system, data.with_part("forget", data["forget"][first:last]), config, run)
-        with tuning(system, tune(config), run) as tuned:
+        with tuning(system, tune(config, run), run) as tuned:
             log, _ = unlearn(tuned, rows, config, run)
             tuned.finish("npo")
         return log
@@ -83,15 +88,17 @@ def ours(given: Any) -> Measured:
     return Measured(num_tokens(given), seconds, {"loss": log.loss})
 
 
-def loop(given: Any, cached: bool) -> Measured:
-    """Float32 weights under bf16 autocast, padded batches, fused AdamW; the reference is a second model."""
+def loop(given: Any, cached: bool, mode: str = "full") -> Measured:
+    """bf16 autocast, padded batches, fused AdamW; the reference is a second model. Frozen weights are bf16."""
     import copy
 
     import torch
     from torch.nn.functional import logsigmoid
     from transformers import AutoModelForCausalLM
 
-    start = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(
+        given["model"], dtype=torch.float32 if mode == "full" else torch.bfloat16
+    )
 
     def sums(model: Any, rows: list[Any]) -> Any:
         width = max(len(row["ids"]) for row in rows)
@@ -105,7 +112,12 @@ def loop(given: Any, cached: bool) -> Measured:
 
     def fit(steps: list[list[int]]) -> list[float]:
         model, reference, losses = copy.deepcopy(start).train(), start, []
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        if mode == "lora":
+            from peft import get_peft_model
+
+            model = get_peft_model(model, trl_lora(mode), autocast_adapter_dtype=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR[mode], weight_decay=0.0, fused=True)
         stored: dict[int, Any] = {}
         if cached:
             places = sorted(
@@ -127,7 +139,7 @@ def loop(given: Any, cached: bool) -> Measured:
                     ref = sums(reference, rows)
             loss = -2 / BETA * logsigmoid(-BETA * (sums(model, rows) - ref)).mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())

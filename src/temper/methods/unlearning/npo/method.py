@@ -35,7 +35,7 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     if config.loss == LEARN:
         return learn(system, data, config, run)
     rows = prepare(system, data, config, run)
-    with tuning(system, tune(config), run) as tuned:
+    with tuning(system, tune(config, run), run) as tuned:
         _, looks = unlearn(tuned, rows, config, run)
         _write_figures(run, curve_figures(looks, config.loss))
         return tuned.finish(SLUG)
@@ -48,7 +48,7 @@ def learn(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     """
     records: list[Any] = [*data["forget"], *data.get("retain")]
     examples = encode_answers(system, records, config)
-    with tuning(system, tune(config), run) as tuned:
+    with tuning(system, tune(config, run), run) as tuned:
         log = train(
             tuned.system.model,
             tuned.parameters(),

@@ -71,7 +71,7 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> tuple[lis
         )
     rows = prepare(system, data, config, run)
     ids = [record.id for record in data["retain"][: config.watch_rows]]
-    with tuning(system, tune(config), run) as tuned:
+    with tuning(system, tune(config, run), run) as tuned:
         log, looks = unlearn(tuned, rows, config, run)
         found = [*level_rows(looks, ids, config.levels), *item_rows("retain_probability_end", looks[-1], ids)]
         found += [

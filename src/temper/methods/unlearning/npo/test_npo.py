@@ -375,7 +375,7 @@ def test_departure_9_gradient_ascent_is_stopped_and_named(
 ) -> None:
     config = quick(loss="ga", mode="full", num_epochs=40, max_forget_nll=8.0)
     rows = training.prepare(system, people, config, Run())
-    with caplog.at_level(logging.WARNING), tuning(system, training.tune(config), Run()) as tuned:
+    with caplog.at_level(logging.WARNING), tuning(system, training.tune(config, Run()), Run()) as tuned:
         log, _ = training.unlearn(tuned, rows, config, Run())
     assert log.stopped_early
     assert log.num_steps < 40

@@ -137,9 +137,12 @@ def train_settings(num_rows: int, config: Config) -> TrainSettings:
     )
 
 
-def tune(config: Config) -> Tune:
-    """What is trained."""
-    return Tune(mode=config.mode, r=config.rank, alpha=2.0 * config.rank)
+def tune(config: Config, run: Run) -> Tune:
+    """What is trained; weights that stay frozen are held in the run's precision."""
+    low = run.precision == "bf16" and config.mode == "lora"
+    return Tune(
+        mode=config.mode, r=config.rank, alpha=2.0 * config.rank, frozen_dtype="bf16" if low else "same"
+    )
 
 
 class Watch:
