@@ -27,9 +27,12 @@ def cached_loop(given: Any) -> Measured:
 
 
 def check(outputs: dict[str, Any]) -> str:
-    """The first loss: from the first update on, adapters that began with other random numbers part ways."""
+    """The first loss: from the first update on, adapters that began with other random numbers part ways.
+
+    Answers are sums of some thirty log-probabilities in bf16, so even equal models differ by a few hundredths.
+    """
     first = {name: {"loss": found["loss"][:1]} for name, found in outputs.items()}
-    return "first step only: " + losses_agree(first, {"loop", "loop cached"}, 0.05)
+    return "first step only: " + losses_agree(first, {"loop", "loop cached"}, 0.1)
 
 
 JOB = Job(
