@@ -49,7 +49,10 @@ def choose_thresholds(
     gold = np.asarray(gold_N)
     respond = len(controls.names)
     if config.choose == "f1" and respond > 1 and config.rule in ("gate", "bias"):
-        ascent = thresholds.choose_by_category(read.p_NK, gold, average=config.average, names=controls.names)
+        tuned = [controls.names.index(name) for name in config.selected] or None
+        ascent = thresholds.choose_by_category(
+            read.p_NK, gold, average=config.average, names=controls.names, selected=tuned
+        )
         return dict(zip(controls.names, ascent.thresholds.tolist(), strict=True))
     score_N = read.refuse_N if config.rule == "sum" else read.p_NK[:, :-1].max(axis=1)
     chosen = thresholds.choose(

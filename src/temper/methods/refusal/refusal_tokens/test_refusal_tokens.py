@@ -186,6 +186,8 @@ def test_thresholds_by_category_maximise_the_average_that_is_asked_for() -> None
     micro = choose_thresholds(read, [0, 1, 1, 2], controls, Config())
     macro = choose_thresholds(read, [0, 1, 1, 2], controls, Config(average="macro"))
     assert micro["a"] < 0.6 < macro["a"] < 0.7
+    only_b = choose_thresholds(read, [0, 1, 1, 2], controls, Config(average="macro", selected=("b",)))
+    assert only_b["a"] == 0.5, "a category that is not selected keeps its start"
 
 
 # The mask, the fit and the departures, on a tiny random model.
