@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import tempfile
+from functools import partial
 from typing import Any
 
-from harness import Measured, model_folder, timed
+from harness import Job, Measured, Side, model_folder, timed
 
 STEP_ROWS = 8
 LR = {"lora": 2e-4, "full": 1e-5}
@@ -82,7 +83,6 @@ def num_pair_tokens(given: dict[str, Any]) -> int:
 def temper_dpo(given: dict[str, Any], mode: str) -> Measured:
     """Reference log-probabilities and training, both timed; nothing comes from an earlier run's cache."""
     import os
-    from functools import partial
 
     from temper.artefacts import tuning
     from temper.core.types import Run
@@ -289,3 +289,49 @@ def losses_agree(outputs: dict[str, Any], same_batches: set[str], tolerance: flo
         assert gap <= tolerance, f"{name}: losses differ by {gap:.3f}: {ours} and {outputs[name]['loss']}"
         seen[name] = gap
     return "; ".join(f"loss of each step within {gap:.3f} of {name}" for name, gap in sorted(seen.items()))
+
+
+WHAT = {
+    "lora": "LoRA of rank 16 on every linear layer",
+    "full": "All weights in float32 under bf16 autocast",
+}
+
+
+def sft_job(mode: str) -> Job:
+    """Fine-tuning beside TRL at its settings against padding; packed rows of 1024 tokens are about eight chats."""
+    packed = {"packing": True, "max_length": 1024, "per_device_train_batch_size": 1}
+    options: dict[str, dict[str, Any]] = {
+        "padded": {},
+        "padding-free": {"padding_free": True},
+        "packing": packed,
+        "length-grouped": {"train_sampling_strategy": "group_by_length"},
+    }
+    peers = {f"trl {name}": Side(partial(trl_sft, mode=mode, **own), "trl") for name, own in options.items()}
+    return Job(
+        name=f"sft-{mode}",
+        about=f"{WHAT[mode]}: 24 chats, 8 a step, one epoch.",
+        unit="tokens/s",
+        target=2.0,
+        inputs=lambda: rows(24),
+        sides={"temper": Side(partial(temper_sft, mode=mode)), **peers},
+        check=lambda outputs: losses_agree(outputs, {"trl padded", "trl padding-free"}, 0.05),
+        limit=lambda given, limits: most_tokens(given, mode, limits),
+    )
+
+
+def dpo_job(mode: str) -> Job:
+    """DPO beside TRL, its reference computed in each step or beforehand."""
+    stored = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 8}
+    return Job(
+        name=f"dpo-{mode}",
+        about=f"{WHAT[mode]}: 4 pairs, two epochs, the reference included.",
+        unit="tokens/s",
+        target=3.0,
+        inputs=lambda: pairs(4),
+        sides={
+            "temper": Side(partial(temper_dpo, mode=mode)),
+            "trl": Side(partial(trl_dpo, mode=mode), "trl"),
+            "trl precomputed": Side(partial(trl_dpo, mode=mode, **stored), "trl"),
+        },
+        check=lambda outputs: losses_agree(outputs, {"trl", "trl precomputed"}, 0.05),
+    )

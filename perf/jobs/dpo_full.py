@@ -1,41 +1,16 @@
-"""DPO on pairs with one prompt: temper beside TRL, the reference's work counted on every side."""
+"""DPO on pairs with one prompt, with all weights: temper beside TRL, the reference's work counted on every side."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import Job, Measured, Side, main
-from training import losses_agree, pairs, temper_dpo, trl_dpo
+from harness import main
+from training import dpo_job
 
-MODE = "full"
-SAME = {"trl", "trl precomputed"}
-
-
-def ours(given: Any) -> Measured:
-    return temper_dpo(given, MODE)
-
-
-def plain(given: Any) -> Measured:
-    return trl_dpo(given, MODE)
-
-
-def precomputed(given: Any) -> Measured:
-    return trl_dpo(given, MODE, precompute_ref_log_probs=True, precompute_ref_batch_size=8)
-
-
-JOB = Job(
-    name="dpo-full",
-    about="All weights in float32 under bf16 autocast: 4 pairs, two epochs, the reference included.",
-    unit="tokens/s",
-    target=3.0,
-    inputs=lambda: pairs(4),
-    sides={"temper": Side(ours), "trl": Side(plain, "trl"), "trl precomputed": Side(precomputed, "trl")},
-    check=lambda outputs: losses_agree(outputs, SAME, 0.05),
-)
+JOB = dpo_job("full")
 
 if __name__ == "__main__":
     main(JOB)
