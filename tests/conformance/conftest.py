@@ -84,10 +84,46 @@ def weights(system: Any) -> dict[str, torch.Tensor]:
 
 
 def answers(system: Any) -> torch.Tensor:
-    """Logits on fixed ids: what an artefact changes, or leaves alone."""
-    ids = torch.arange(5, 25)[None]
+    """What a system says to a fixed input of its kind: what an artefact changes, or leaves alone."""
     with torch.no_grad():
-        return system.model(input_ids=ids, use_cache=False).logits.clone()
+        return ANSWERS[system.kind](system).clone()
+
+
+def _logits(system: Any) -> torch.Tensor:
+    return system.model(input_ids=torch.arange(5, 25)[None], use_cache=False).logits
+
+
+def _vectors(system: Any) -> torch.Tensor:
+    ids = torch.arange(5, 25)[None]
+    return system.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
+
+def _classes(system: Any) -> torch.Tensor:
+    return system.logits(_noise(2, *system.shape))
+
+
+def _likeness(system: Any) -> torch.Tensor:
+    size = system.model.config.vision_config.image_size
+    images = system.image_vectors(_noise(2, 3, size, size))
+    return images @ system.text_vectors(["a red circle", "a blue star"]).T
+
+
+def _drawn(system: Any) -> torch.Tensor:
+    pictures = system.draw(system.conditions([0, 1]), seed=3)
+    return torch.stack([torch.from_numpy(picture.array().copy()) for picture in pictures])
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5))
+
+
+ANSWERS = {
+    "CausalLM": _logits,
+    "Encoder": _vectors,
+    "ImageClassifier": _classes,
+    "DualEncoder": _likeness,
+    "Diffusion": _drawn,
+}
 
 
 def plain(result: Any) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Message
 from temper.data.columns import Place, from_row, infer_schema
+from temper.data.pictures import Picture
 from temper.data.schemas import (
     Behaviour,
     Captioned,
@@ -94,7 +95,7 @@ def test_preference_columns(row):
         ({"query": "q", "positive": "p", "negatives": ["n"]}, Ranking("q", "p", ("n",), id="r")),
         ({"query": "q", "positive": "p"}, Ranking("q", "p", id="r")),
         ({"messages": [ASKED_ROW], "tools": [{"name": "f"}]}, ToolCalls((ASKED,), ({"name": "f"},), id="r")),
-        ({"image": "i.png", "caption": "c"}, Captioned(Path("i.png"), "c", id="r")),
+        ({"image": "i.png", "caption": "c"}, Captioned(Picture.from_file("i.png"), "c", id="r")),
     ],
 )
 def test_other_columns(row, record):
@@ -103,7 +104,7 @@ def test_other_columns(row, record):
 
 def test_image_paths_start_at_the_file():
     place = Place("d/f.jsonl", 1, folder=Path("d"))
-    assert from_row({"image": "i.png", "text": "c"}, "Captioned", place).image == Path("d/i.png")
+    assert from_row({"image": "i.png", "text": "c"}, "Captioned", place).image.path == Path("d/i.png")
 
 
 def test_columns_not_used_are_kept():

@@ -339,7 +339,7 @@ def test_write_errors(tmp_path, monkeypatch):
 def test_written_images_are_found_from_another_folder(put, tmp_path):
     data = load_data(put("a.jsonl", '{"image": "i.png", "text": "t"}'))
     write_jsonl(tmp_path / "sub" / "b.jsonl", data.rows)
-    assert load_data(str(tmp_path / "sub" / "b.jsonl")).rows[0].image == tmp_path / "i.png"
+    assert load_data(str(tmp_path / "sub" / "b.jsonl")).rows[0].image.path == tmp_path / "i.png"
 
 
 def test_loading_leaves_its_arguments(put):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +15,7 @@ from temper.core.errors import ConfigError
 from temper.core.types import Message
 from temper.data.columns import Place, from_row, infer_schema
 from temper.data.loading import load_data, write_jsonl
+from temper.data.pictures import Picture
 from temper.data.schemas import (
     SCHEMAS,
     Behaviour,
@@ -65,7 +66,7 @@ records = st.one_of(
         st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=2), max_size=2).map(tuple),
         **common,
     ),
-    st.builds(Captioned, st.just(Path("/images/one.png")), texts, **common),
+    st.builds(Captioned, st.just(Picture.from_array(np.zeros((2, 3), np.uint8))), texts, **common),
 )
 
 

@@ -13,11 +13,11 @@ from temper.core.errors import ConfigError, ModelError, NeedsError
 from temper.core.types import Run
 from temper.data import assets
 from temper.ops.embed import embed, vectors
-from temper.run.checks import check_kind, check_system, kind_of
+from temper.run.checks import check_kind, check_system
 from temper.systems.encoder import Encoder
 from temper.systems.fingerprint import fingerprint_model
 from temper.systems.loading import known_bases, load_base
-from temper.systems.names import TINY_ENCODERS
+from temper.systems.names import TINY, kind_of
 from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_layout, write_layout
 from temper.systems.tiny import ENCODERS, build_tiny_encoder
 
@@ -86,7 +86,7 @@ def test_the_fingerprint_holds_all_that_decides_a_vector(kind):
 
 
 def test_tiny_encoders_are_named_and_seeded():
-    assert set(TINY_ENCODERS) == set(ENCODERS)
+    assert set(TINY["Encoder"]) == set(ENCODERS)
     assert {"minilm", "tiny:bert"} <= set(known_bases())
     with pytest.raises(ConfigError, match="Did you mean"):
         build_tiny_encoder("bart")
@@ -212,7 +212,7 @@ def test_kinds_are_known_before_weights_load(tmp_path):
     assert kind_of(str(tmp_path)) == "Encoder"
     check_kind("method", reader, "minilm")
     check_system("method", reader, system)
-    with pytest.raises(NeedsError, match="'minilm' is an encoder"):
+    with pytest.raises(NeedsError, match="'minilm' is a text encoder"):
         check_kind("method", card, "minilm")
     with pytest.raises(NeedsError, match="not on a Encoder"):
         check_system("method", card, system)

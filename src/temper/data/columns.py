@@ -14,6 +14,7 @@ from pathlib import Path
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Message
 from temper.data import schemas as s
+from temper.data.pictures import Picture
 from temper.data.turns import plain_row
 
 __all__ = ["WANTS", "Place", "check_schema", "from_row", "infer_schema"]
@@ -372,8 +373,15 @@ def _tool_calls(r: _RowReader) -> Fields:
 
 
 def _captioned(r: _RowReader) -> Fields:
-    image = (r.place.folder or Path()) / r.text("image")
-    return {"image": image, "text": r.text("text", "caption")}
+    return {"image": _picture(r), "text": r.text("text", "caption")}
+
+
+def _picture(r: _RowReader) -> Picture:
+    """A file beside the rows, or an image within the row."""
+    text = r.text("image")
+    if text.startswith("data:"):
+        return Picture.from_uri(text)
+    return Picture.from_file((r.place.folder or Path()) / text)
 
 
 _BUILDERS: dict[str, Callable[[_RowReader], Fields]] = {

@@ -16,7 +16,7 @@ from temper.core.errors import ConfigError, DataError, NeedsError, StoreError, n
 from temper.core.spec import DataSpec, parse_data
 from temper.data.columns import check_schema, from_row, infer_schema
 from temper.data.readers import NumberedRow, read_rows, rows_of
-from temper.data.schemas import Captioned, Data, Record, to_row
+from temper.data.schemas import Data, Record, to_row
 
 __all__ = ["builtin_names", "load_data", "write_jsonl"]
 
@@ -251,10 +251,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
 
 
 def _line(record: Record) -> str:
-    row = to_row(record)
-    if isinstance(record, Captioned):
-        row["image"] = os.path.abspath(record.image)  # the new file may lie in another folder
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(to_row(record), ensure_ascii=False) + "\n"
 
 
 def _umask() -> int:

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from temper.core.errors import ConfigError, nearest
 from temper.core.types import Json, Message
+from temper.data.pictures import Picture
 
 __all__ = [
     "ROLES",
@@ -95,10 +95,12 @@ class Choice(Record):
 
 @dataclass(frozen=True)
 class Labelled(Record):
-    """A text and its class."""
+    """A text or an image, and its class."""
 
     text: str
+    """Empty where the record is an image."""
     label: int | str
+    image: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,9 @@ class ToolCalls(Record):
 
 @dataclass(frozen=True)
 class Captioned(Record):
-    """An image file and a text about it."""
+    """An image and a text about it."""
 
-    image: Path
+    image: Picture
     text: str
 
 
@@ -142,13 +144,21 @@ SCHEMAS: dict[str, type[Record]] = {
 def to_row(record: Record) -> dict[str, Json]:
     """The record as plain JSON values: `id` (if it has one), its columns, then those of `extra`.
 
-    A prompt that is one user message becomes a string, any other a list of messages.
+    A prompt that is one user message becomes a string, any other a list of messages; an image its path or a PNG in base64.
     """
+    row = _row(record)
+    return {name: value.uri() if isinstance(value, Picture) else value for name, value in row.items()}
+
+
+def _row(record: Record) -> dict[str, Json]:
+    """The same with pictures as they are."""
     row: dict[str, Json] = {"id": record.id} if record.id else {}
     for name in _columns(type(record)):
         value = getattr(record, name)
         if value is not None:
             row[name] = _plain(value)
+    if row.get("image") is not None and not row.get("text"):
+        row.pop("text", None)
     if isinstance(record, Preference) and len(record.prompt) == 1 and record.prompt[0].role == "user":
         row["prompt"] = record.prompt[0].content
     return row | dict(record.extra)
@@ -165,10 +175,13 @@ def _plain(value: Json) -> Json:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return dict(value)
-    return value.as_posix() if isinstance(value, Path) else value
+    return value
 
 
 R = TypeVar("R", bound=Record)
+
+_HASHED: Any = {"sort_keys": True, "separators": (",", ":"), "default": lambda picture: picture.digest}
+"""How a row is written to be hashed: an image by its content, wherever it lies."""
 
 
 class Data(Mapping[str, tuple[Record, ...]]):
@@ -242,7 +255,7 @@ class Data(Mapping[str, tuple[Record, ...]]):
         for name in sorted(self._parts):
             digest.update(f"part {json.dumps(name)}\n".encode())
             for record in self._parts[name]:
-                row = json.dumps(to_row(record), sort_keys=True, separators=(",", ":"))
+                row = json.dumps(_row(record), **_HASHED)
                 digest.update(f"{type(record).__name__} {row}\n".encode())
         return digest.hexdigest()[:16]
 

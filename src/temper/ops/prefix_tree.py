@@ -33,7 +33,7 @@ from temper.ops.hooks import is_hooked
 from temper.ops.packed_linear import packed_linears
 from temper.ops.precision import autocast, eval_mode
 from temper.ops.prefix_cache import PrefixCache
-from temper.systems.causal_lm import PROBE_ERRORS
+from temper.systems.local import PROBE_ERRORS
 
 if TYPE_CHECKING:
     from temper.systems.causal_lm import CausalLM

@@ -34,7 +34,7 @@ from temper.ops.prefix_cache import PrefixCache, packed, read_once
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, selected_logits, wanted_hidden
 from temper.ops.search import embedding_table, project_on_tokens
 from temper.ops.search_prompt import SlotPrompt
-from temper.systems.causal_lm import PROBE_ERRORS
+from temper.systems.local import PROBE_ERRORS
 
 __all__ = ["Scores", "SlotLoss", "SlotScorer", "mean_nll", "mellowmax"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from temper.core.card import Card, Verb
 from temper.core.errors import ConfigError, DataError, NeedsError, nearest
-from temper.systems.names import check_base, names_encoder
+from temper.systems.names import HUB_NAME, check_base, kind_of
 
 if TYPE_CHECKING:
     from temper.data.schemas import Data
@@ -20,24 +20,25 @@ __all__ = [
     "check_parts",
     "check_system",
     "check_verb",
-    "kind_of",
     "wants_system",
 ]
 
 REMOTE_CAPABILITIES = frozenset({"generate", "logprobs"})
+KIND_NAMES = {
+    "CausalLM": "a language model",
+    "Encoder": "a text encoder",
+    "ImageClassifier": "an image classifier",
+    "DualEncoder": "an image and text encoder",
+    "VisionLM": "a language model that sees",
+    "Diffusion": "an image generator",
+    "Remote": "an endpoint",
+}
 
 
 def check_verb(slug: str, card: Card, verb: str) -> None:
     """Raise ConfigError unless the method offers the verb."""
     if verb not in card.verbs:
         raise ConfigError(f"{slug!r} has no verb {verb!r}", cure=f"It offers: {', '.join(card.verbs)}.")
-
-
-def kind_of(base: str) -> str:
-    """The kind of System a base name will load as, as far as the name says."""
-    if base.startswith("openai:"):
-        return "Remote"
-    return "Encoder" if names_encoder(base) else "CausalLM"
 
 
 def wants_system(card: Card) -> bool:
@@ -50,14 +51,17 @@ def check_kind(slug: str, card: Card, base: str) -> None:
     check_base(base)
     kind = kind_of(base)
     lacking = sorted(card.needs - REMOTE_CAPABILITIES) if kind == "Remote" else []
-    if kind == "Encoder" and kind not in card.kinds:
-        raise NeedsError(
-            f"{slug!r} runs on {', '.join(card.kinds)}; {base!r} is an encoder", cure="Use a language model."
-        )
-    # A name says for sure only that it is an endpoint or an encoder; other kinds are known once loaded.
-    if kind == "Remote" and ("Remote" not in card.kinds or lacking):
+    # A hub name counts as a language model until its config is read.
+    is_known = kind != "CausalLM" or not HUB_NAME.fullmatch(base)
+    if card.kinds and is_known and (kind not in card.kinds or lacking):
         why = f"needs {', '.join(lacking)}" if lacking else f"runs on {', '.join(card.kinds)}"
-        raise NeedsError(f"{slug!r} {why}; {base!r} is an endpoint", cure="Use a local model.")
+        raise NeedsError(
+            f"{slug!r} {why}; {base!r} is {KIND_NAMES[kind]}", cure=f"Choose {_choice(card.kinds)}."
+        )
+
+
+def _choice(kinds: Sequence[str]) -> str:
+    return " or ".join(KIND_NAMES[kind] for kind in kinds)
 
 
 def check_system(slug: str, card: Card, system: Any) -> None:

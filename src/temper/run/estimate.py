@@ -20,7 +20,15 @@ from temper.run.workload import Work, work_of
 
 __all__ = ["Cost", "check_cost", "count_parameters", "estimate", "free_memory"]
 
-KNOWN_PARAMETERS = {"smollm2-135m": 134_515_008}
+KNOWN_PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "minilm": 22_713_216,
+    "efficientnet-lite0": 4_652_008,
+    "world:clip": 1_100_000,
+    "world:attributes": 80_000,
+    "world:classes": 1_260_000,
+    "world:diffusion": 1_260_000,
+}
 ADAPTER_SHARE = 0.04
 FLOAT_BYTES = 4
 LIBRARY_BYTES = 0.6e9
@@ -134,9 +142,11 @@ def count_parameters(base: str) -> int | None:
     """How many weights a base has: from its files, a table, or its name; None when none of them says."""
     folder = Path(base)
     if folder.is_dir():
-        return sum(_header_count(path) for path in folder.glob("*.safetensors")) or None
+        return sum(_header_count(path) for path in folder.rglob("*.safetensors")) or None
     if base.startswith("tiny:"):
         return 200_000
+    if base.startswith("new:"):
+        return 1_000_000
     if base.startswith("openai:"):
         return 0
     if base in KNOWN_PARAMETERS:

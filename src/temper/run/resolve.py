@@ -38,6 +38,10 @@ def load_system(name: str, options: Options | None = None) -> System:
 def _load(name: str, options: Options) -> System:
     from temper.systems.loading import load_base
 
+    if name.startswith("world:"):
+        from temper.ops import world_models
+
+        world_models.ensure(name.removeprefix("world:"))
     return load_base(
         name,
         device=options.device,

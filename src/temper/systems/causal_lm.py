@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from temper.core.types import Message
-from temper.systems.base import Rewrite, StepRule, System
+from temper.systems.base import Rewrite, StepRule
 from temper.systems.chat import Chat
-from temper.systems.fingerprint import fingerprint_model
+from temper.systems.local import CPU, LocalSystem, tried
 
 __all__ = ["CausalLM"]
 
-CPU = torch.device("cpu")
-
-_probed: WeakKeyDictionary[nn.Module, dict[str, bool | None]] = WeakKeyDictionary()
-
-PROBE_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    NotImplementedError,
-    IndexError,
-    KeyError,
-)
-"""What an architecture raises for something it cannot do."""
-
 
 @dataclass(frozen=True, eq=False)
-class CausalLM(System):
+class CausalLM(LocalSystem):
     """Any Hugging Face causal language model as a system. Change it with `with_`, never in place."""
 
     model: Any
@@ -49,37 +32,18 @@ class CausalLM(System):
     """Applied to the messages in order, before the template."""
     spec: str = ""
     given_fingerprint: str = ""
-    """Set by what is applied to the model, see `with_`; "" for a bare model, whose content is hashed."""
     kind: ClassVar[str] = "CausalLM"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", torch.device(self.device))
-
-    def with_(self, **changes: Any) -> CausalLM:
-        """The same system with some fields changed; the model is shared, not copied.
-
-        `fingerprint` is for artefacts, which chain theirs to the base's.
-        """
-        if "fingerprint" in changes:
-            changes["given_fingerprint"] = changes.pop("fingerprint")
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the model's config and all its weights; see `fingerprint_model`. Chained where artefacts apply.
-
-        The template has its own hash, `chat.sha256`.
-        """
-        return self.given_fingerprint or fingerprint_model(self.model)
-
-    def probe(self) -> Mapping[str, bool | None]:
-        """Each capability tried once per model with a forward pass over three tokens.
-
-        Capabilities of other kinds of system (embed, classify, see, draw) are False.
-        """
-        if self.model not in _probed:
-            _probed[self.model] = _probe(self.model, self.device)
-        return dict(_probed[self.model])
+    def try_capabilities(self) -> dict[str, bool]:
+        """A forward pass over three tokens for each."""
+        ids_BT = torch.tensor([[0, 1, 2]], device=self.device)
+        works = {
+            "logprobs": tried(lambda: _probe_logits(self.model, ids_BT)),
+            "hidden": tried(lambda: _probe_hidden(self.model, ids_BT)),
+            "attention": tried(lambda: _probe_attention(self.model, ids_BT)),
+            "grads": tried(lambda: _probe_grads(self.model, ids_BT)),
+        }
+        return works | {"generate": works["logprobs"]}
 
     def rewritten(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """`messages` after every rewrite."""
@@ -122,30 +86,6 @@ class CausalLM(System):
     def cure_for(self, capability: str) -> str:
         """What a user can do about a missing capability."""
         return f"{type(self.model).__name__} failed when {capability!r} was tried; choose another base model."
-
-
-def _probe(model: nn.Module, device: torch.device) -> dict[str, bool | None]:
-    ids_BT = torch.tensor([[0, 1, 2]], device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        works: dict[str, bool | None] = {
-            "logprobs": _tried(lambda: _probe_logits(model, ids_BT)),
-            "hidden": _tried(lambda: _probe_hidden(model, ids_BT)),
-            "attention": _tried(lambda: _probe_attention(model, ids_BT)),
-            "grads": _tried(lambda: _probe_grads(model, ids_BT)),
-        }
-    finally:
-        model.train(was_training)
-    works["generate"] = works["logprobs"]
-    return works | dict.fromkeys(("embed", "classify", "see", "draw"), False)
-
-
-def _tried(attempt: Callable[[], bool]) -> bool:
-    try:
-        return attempt()
-    except PROBE_ERRORS:
-        return False
 
 
 @torch.no_grad()

@@ -8,30 +8,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from temper.core.card import CAPABILITIES
 from temper.core.errors import ConfigError, DataError, nearest
-from temper.systems.base import System
-from temper.systems.causal_lm import CPU, PROBE_ERRORS
-from temper.systems.fingerprint import fingerprint_model
+from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.row_attention import ROWS
 from temper.systems.sentence_layout import Layout
 
 __all__ = ["Encoder"]
 
-_probed: WeakKeyDictionary[nn.Module, dict[str, bool | None]] = WeakKeyDictionary()
 _tokenizers: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
-class Encoder(System):
+class Encoder(LocalSystem):
     """Texts to vectors, see `ops/embed.py`. Change it with `with_`, never in place.
 
     Dense layers after the pooling are part of the model, as `sentence_head`: they are trained and fingerprinted with it.
@@ -43,38 +39,27 @@ class Encoder(System):
     device: torch.device = CPU
     spec: str = ""
     given_fingerprint: str = ""
-    """Set by what is applied to the model, see `with_`; "" for a bare model, whose content is hashed."""
     kind: ClassVar[str] = "Encoder"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", torch.device(self.device))
+    def identity(self) -> str:
+        """The layout and the tokenizer."""
+        return (
+            json.dumps(dataclasses.asdict(self.layout), sort_keys=True)
+            + "/"
+            + _tokenizer_hash(self.tokenizer)
+        )
 
-    def with_(self, **changes: Any) -> Encoder:
-        """The same system with some fields changed; the model is shared, not copied."""
-        if "fingerprint" in changes:
-            changes["given_fingerprint"] = changes.pop("fingerprint")
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the model's config and weights, the layout and the tokenizer. Chained where artefacts apply."""
-        if self.given_fingerprint:
-            return self.given_fingerprint
-        parts = [
-            fingerprint_model(self.model),
-            json.dumps(dataclasses.asdict(self.layout), sort_keys=True),
-            _tokenizer_hash(self.tokenizer),
-        ]
-        return hashlib.sha256("/".join(parts).encode()).hexdigest()
-
-    def probe(self) -> Mapping[str, bool | None]:
-        """Each capability tried once per model with a forward pass over three tokens; those of other kinds are False.
+    def try_capabilities(self) -> dict[str, bool]:
+        """A forward pass over three tokens for each.
 
         Attention weights and masks cannot be reached: the table of module names has no encoders.
         """
-        if self.model not in _probed:
-            _probed[self.model] = _probe(self.model, self.device)
-        return dict(_probed[self.model])
+        ids_BT = torch.tensor([[0, 1, 2]], device=self.device)
+        return {
+            "embed": tried(lambda: _probe_embed(self.model, ids_BT)),
+            "hidden": tried(lambda: _probe_hidden(self.model, ids_BT)),
+            "grads": tried(lambda: _probe_grads(self.model, ids_BT)),
+        }
 
     def ids(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
         """Each text as ids with the tokenizer's own first and last token, cut to `max_tokens`.
@@ -162,28 +147,6 @@ def _tokenizer_hash(tokenizer: Any) -> str:
         kept = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
         _tokenizers[tokenizer] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return _tokenizers[tokenizer]
-
-
-def _probe(model: nn.Module, device: torch.device) -> dict[str, bool | None]:
-    ids_BT = torch.tensor([[0, 1, 2]], device=device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    works: dict[str, bool | None] = dict.fromkeys(CAPABILITIES, False)
-    try:
-        works["embed"] = _tried(lambda: _probe_embed(model, ids_BT))
-        works["hidden"] = _tried(lambda: _probe_hidden(model, ids_BT))
-        works["grads"] = _tried(lambda: _probe_grads(model, ids_BT))
-    finally:
-        for module, training in modes:
-            module.training = training
-    return works
-
-
-def _tried(attempt: Callable[[], bool]) -> bool:
-    try:
-        return attempt()
-    except PROBE_ERRORS:
-        return False
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +19,20 @@ from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
 from temper.systems.encoder import Encoder
 from temper.systems.names import (
-    ASSETS,
-    ENCODER_ASSETS,
     FORMS,
+    asset_names,
     check_base,
     check_folder,
-    is_encoder,
+    kind_of,
+    kind_of_config,
     known_bases,
-    names_encoder,
 )
 from temper.systems.row_attention import use_rows
 from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_layout
 from temper.systems.tiny import build_tiny, build_tiny_encoder
+from temper.systems.wanted import Wanted
 
-__all__ = ["ASSETS", "available_bytes", "known_bases", "load_base", "parse_dtype"]
+__all__ = ["available_bytes", "known_bases", "load_base", "parse_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +47,6 @@ DTYPES = {
 }
 HEADROOM = 1.15
 """Memory needed over the bare weights while loading and for a first forward pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """How a model is to be loaded; the same for folders and the hub."""
-
-    dtype: torch.dtype
-    device: torch.device
-    attention: str
-    trust_remote_code: bool
-    revision: str | None
-
-    def common(self) -> dict[str, Any]:
-        return {"trust_remote_code": self.trust_remote_code, "revision": self.revision}
 
 
 def load_base(
@@ -80,24 +65,24 @@ def load_base(
     """The system a name stands for; safetensors only, and no code from a model's repository by default.
 
     `attention="sdpa"` becomes eager where the architecture has no sdpa. `tiny:ARCH[:SEED]` is a random model. `chat_template` is a template file that replaces the
-    tokenizer's. Raises ConfigError for an unknown name, ModelError for a model that is neither a causal
-    LM nor an encoder or has no safetensors, NeedsError when memory, device or network are missing.
+    tokenizer's; it, `system_prompt` and `plain` concern language models. Raises ConfigError for an unknown name,
+    ModelError for a model of no known kind or without safetensors, NeedsError when memory, device or network are missing.
     """
     check_base(name)
     if name.startswith("openai:"):
         from temper.systems.remote import Remote
 
         return Remote(model=name.removeprefix("openai:"), base_url=base_url, system_prompt=system_prompt)
-    wanted = _Wanted(
+    wanted = Wanted(
         dtype=parse_dtype(dtype),
         device=_check_device(device),
         attention=attention,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    source = _encoder_source(name, wanted)
-    if source is not None:
-        return _load_encoder(source, name, wanted)
+    kind = _kind(name, wanted)
+    if kind != "CausalLM":
+        return _load_other(kind, name, wanted)
     model, tokenizer = _load_tiny(name, wanted) if name.startswith("tiny:") else _load_named(name, wanted)
     if chat_template is None:
         chat = Chat(tokenizer, system_prompt, plain=plain)
@@ -106,6 +91,48 @@ def load_base(
     _check_sizes(model, tokenizer, name)
     _check_end_of_turn(chat)
     return CausalLM(model, tokenizer, chat, wanted.device, spec=name)
+
+
+def _kind(name: str, wanted: Wanted) -> str:
+    """The kind of system a base is; a hub name is asked for its config, or for the index of a pipeline."""
+    if ":" in name or name in asset_names() or Path(name).expanduser().is_dir():
+        return kind_of(name)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **wanted.common())
+    except (OSError, ValueError, KeyError) as error:
+        if "does not appear to have a file named config.json" in str(error) and _is_pipeline(name, wanted):
+            return "Diffusion"
+        raise _explained(error, name) from error
+    return kind_of_config(config.model_type, config.architectures)
+
+
+def _is_pipeline(name: str, wanted: Wanted) -> bool:
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return file_exists(name, "model_index.json", revision=wanted.revision)
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled):
+        return False
+
+
+def _load_other(kind: str, name: str, wanted: Wanted) -> System:
+    """A system of a kind other than CausalLM; its module is imported here alone."""
+    if kind == "Encoder":
+        return _load_encoder(name, wanted)
+    if kind == "ImageClassifier":
+        from temper.systems.image_classifier import load_image_classifier
+
+        return load_image_classifier(name, wanted)
+    if kind == "DualEncoder":
+        from temper.systems.dual_encoder import load_dual_encoder
+
+        return load_dual_encoder(name, wanted)
+    from temper.systems.diffusion import load_diffusion
+
+    return load_diffusion(name, wanted)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -127,30 +154,25 @@ def available_bytes(device: torch.device) -> int | None:
     return min(free) if free else None
 
 
-def _encoder_source(name: str, wanted: _Wanted) -> str | None:
-    """The folder of the encoder that a name stands for, fetched if need be, or its tiny name; None for other models."""
-    if name in ENCODER_ASSETS:
+def _encoder_source(name: str, wanted: Wanted) -> str:
+    """The folder of an encoder, fetched if need be, or its tiny name."""
+    if name in asset_names():
         from temper.data import assets
 
         return str(assets.fetch(name))
     folder = Path(name).expanduser()
-    if names_encoder(name):
-        return str(folder) if folder.is_dir() else name
-    if name in ASSETS or name.startswith("tiny:") or folder.is_dir():
-        return None
+    if name.startswith("tiny:") or folder.is_dir():
+        return name if name.startswith("tiny:") else str(folder)
     from huggingface_hub import snapshot_download
-    from transformers import AutoConfig
 
     with _explained_errors(name):
-        config = AutoConfig.from_pretrained(name, **wanted.common())
-        if not is_encoder(config.model_type, config.architectures):
-            return None
         kinds = ["*.json", "*.safetensors", "*.txt", "*.model"]
         return snapshot_download(name, revision=wanted.revision, allow_patterns=kinds)
 
 
-def _load_encoder(source: str, name: str, wanted: _Wanted) -> Encoder:
+def _load_encoder(name: str, wanted: Wanted) -> Encoder:
     """An encoder with what its folder says of pooling; without such files it takes the mean and nothing else."""
+    source = _encoder_source(name, wanted)
     if source.startswith("tiny:"):
         _, architecture, *rest = source.split(":")
         model, tokenizer = build_tiny_encoder(architecture, *(int(part) for part in rest))
@@ -171,7 +193,7 @@ def _load_encoder(source: str, name: str, wanted: _Wanted) -> Encoder:
     return Encoder(model, tokenizer, layout, wanted.device, spec=name)
 
 
-def _read_encoder(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
+def _read_encoder(source: str, name: str, wanted: Wanted) -> tuple[Any, Any]:
     """Model and tokenizer; a pooler that the file does not hold is left out instead of drawn at random."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -191,7 +213,7 @@ def _read_encoder(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:
+def _load_tiny(name: str, wanted: Wanted) -> tuple[Any, Any]:
     _, architecture, *rest = name.split(":")
     model, tokenizer = build_tiny(architecture, *(int(part) for part in rest))
     if wanted.attention != "sdpa":
@@ -199,8 +221,8 @@ def _load_tiny(name: str, wanted: _Wanted) -> tuple[Any, Any]:
     return model.to(device=wanted.device, dtype=wanted.dtype), tokenizer
 
 
-def _load_named(name: str, wanted: _Wanted) -> tuple[Any, Any]:
-    if name in ASSETS:
+def _load_named(name: str, wanted: Wanted) -> tuple[Any, Any]:
+    if name in asset_names():
         from temper.data import assets
 
         return _load_source(str(assets.fetch(name)), name, wanted)
@@ -208,7 +230,7 @@ def _load_named(name: str, wanted: _Wanted) -> tuple[Any, Any]:
     return _load_source(str(folder) if folder.is_dir() else name, name, wanted)
 
 
-def _load_source(source: str, name: str, wanted: _Wanted) -> tuple[Any, Any]:
+def _load_source(source: str, name: str, wanted: Wanted) -> tuple[Any, Any]:
     """Model and tokenizer from a folder or a hub name, after what can be checked cheaply."""
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
@@ -257,7 +279,7 @@ def _explained_errors(name: str) -> Iterator[None]:
         raise _explained(error, name) from error
 
 
-def _load_config(source: str, name: str, wanted: _Wanted) -> Any:
+def _load_config(source: str, name: str, wanted: Wanted) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -274,7 +296,7 @@ def _load_config(source: str, name: str, wanted: _Wanted) -> Any:
     return config
 
 
-def _count_weights(config: Any, folder: Path | None, wanted: _Wanted) -> int | None:
+def _count_weights(config: Any, folder: Path | None, wanted: Wanted) -> int | None:
     """Number of weights, from the files' headers or from an empty model; None if it cannot be told."""
     if folder is not None:
         return sum(_header_count(path) for path in sorted(folder.glob("*.safetensors")))
@@ -295,7 +317,7 @@ def _header_count(path: Path) -> int:
     return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
 
 
-def _check_memory(num_weights: int | None, name: str, wanted: _Wanted) -> None:
+def _check_memory(num_weights: int | None, name: str, wanted: Wanted) -> None:
     free = available_bytes(wanted.device)
     if num_weights is None or free is None:
         return
@@ -352,7 +374,7 @@ def _explained(error: Exception, name: str) -> Exception:
     if kinds & offline or "offline" in text.lower() or "couldn't connect" in text.lower():
         return NeedsError(
             f"{name!r} is not on this machine and the hub cannot be reached",
-            cure=f"Go online, give a folder, or use {ASSETS[0]!r}, which comes from the package index.",
+            cure="Go online, give a folder, or use 'smollm2-135m', which comes from the package index.",
         )
     if "safetensors" in text:
         return ModelError(f"{name} has no safetensors weights", cure="Choose a revision that has them.")
