@@ -53,7 +53,9 @@ class Pair(NamedTuple):
 def ensure_docstrings() -> Path:
     """A folder of `train.jsonl`, `validation.jsonl` and `test.jsonl`, made on first use for this version of Python."""
     folder = (
-        cache_dir() / "made" / f"{NAME}-{platform.python_implementation()}-{platform.python_version()}-{EDITION}"
+        cache_dir()
+        / "made"
+        / f"{NAME}-{platform.python_implementation()}-{platform.python_version()}-{EDITION}"
     )
     if folder.is_dir():
         return folder
@@ -74,7 +76,9 @@ def ensure_docstrings() -> Path:
                 shutil.rmtree(made)
     except OSError as error:
         raise StoreError(
-            f"The docstrings cannot be kept: {error.strerror}", where=str(folder), cure="Free some space, or set TEMPER_CACHE."
+            f"The docstrings cannot be kept: {error.strerror}",
+            where=str(folder),
+            cure="Free some space, or set TEMPER_CACHE.",
         ) from error
     return folder
 
