@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ class ImageClassifier(LocalSystem):
         with self._caught(layer) as caught:
             self.model(self._normal(pixels_BCHW))
         if not caught:
-            raise ModelError(f"The module {layer!r} does not run", where=self.spec, cure="Choose another layer.")
+            raise ModelError(
+                f"The module {layer!r} does not run", where=self.spec, cure="Choose another layer."
+            )
         return caught[-1]
 
     @property
@@ -135,7 +138,9 @@ class ImageClassifier(LocalSystem):
         heads = [name for name, width in linear.items() if width == len(self.classes)] or list(linear)
         if not heads:
             raise ModelError(
-                f"{type(self.model).__name__} has no linear layer", where=self.spec, cure="Name the layer to read."
+                f"{type(self.model).__name__} has no linear layer",
+                where=self.spec,
+                cure="Name the layer to read.",
             )
         return heads[-1]
 
@@ -145,7 +150,9 @@ class ImageClassifier(LocalSystem):
         name, is_input = layer.removesuffix(".input"), layer.endswith(".input")
         modules = dict(self.model.named_modules())
         if name not in modules:
-            raise ConfigError(f"The model has no module {name!r}", where=self.spec, cure=nearest(name, modules))
+            raise ConfigError(
+                f"The model has no module {name!r}", where=self.spec, cure=nearest(name, modules)
+            )
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -173,8 +180,9 @@ class ImageClassifier(LocalSystem):
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     def try_capabilities(self) -> dict[str, bool]:
-        """Scores, gradients of pixels and the last features of two grey pictures."""
-        pixels_BCHW = torch.full((2, *self.shape), 0.5, device=self.device)
+        """Scores, gradients of pixels and the last features of two pictures of shades."""
+        shades = torch.linspace(0.1, 0.9, 2 * math.prod(self.shape), device=self.device)
+        pixels_BCHW = shades.reshape(2, *self.shape)
         classify = tried(lambda: _gives_scores(self, pixels_BCHW))
         return {
             "classify": classify,
@@ -187,7 +195,9 @@ class ImageClassifier(LocalSystem):
         """What a user can do about a missing capability."""
         if capability in ("classify", "grads", "hidden"):
             return f"{type(self.model).__name__} failed when {capability!r} was tried; choose another classifier."
-        return "An image classifier gives class scores only: choose a system that does more, e.g. smollm2-135m."
+        return (
+            "An image classifier gives class scores only: choose a system that does more, e.g. smollm2-135m."
+        )
 
 
 def prepare(
@@ -198,7 +208,9 @@ def prepare(
     array = picture.array()
     if channels not in (1, 3):
         raise DataError(
-            f"No picture has {channels} channels", where="ImageClassifier.pixels", cure="Give pixels to logits."
+            f"No picture has {channels} channels",
+            where="ImageClassifier.pixels",
+            cure="Give pixels to logits.",
         )
     size = _size_before_crop((array.shape[0], array.shape[1]), (height, width), resize)
     becomes_grey = channels < array.shape[2]
@@ -209,7 +221,9 @@ def prepare(
     return array.transpose(2, 0, 1)
 
 
-def _size_before_crop(size: tuple[int, int], wanted: tuple[int, int], resize: tuple[int, ...]) -> tuple[int, int]:
+def _size_before_crop(
+    size: tuple[int, int], wanted: tuple[int, int], resize: tuple[int, ...]
+) -> tuple[int, int]:
     if len(resize) == 2:
         return resize[0], resize[1]
     short, long = sorted(size)
