@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from temper.ops import projection
 from temper.ops.batching import Example, collate
 from temper.ops.logprobs import score_batch
-from temper.ops.packed import PackedAttention, Segment, _by_torch, can_pack, pack
+from temper.ops.packed import PackedAttention, Segment, _by_torch, can_pack, pack, packed_forward
 
 PACKS = {"llama": True, "qwen2": True, "gemma": True, "mistral-wide": False, "neox": True, "gpt2": True}
 REFUSES = ["gemma2", "mistral", "mamba"]
@@ -32,6 +33,31 @@ def test_a_model_packs_only_where_rows_stay_what_they_are_alone(kind, lively, ra
     for name, parameter in model.named_parameters():
         if name in ours:
             torch.testing.assert_close(ours[name], parameter.grad, atol=2e-3, rtol=2e-3)
+
+
+def test_what_all_rows_of_a_pass_begin_with_is_read_once(lively, random_prompts, monkeypatch):
+    model = lively("llama").model
+    beginning, *ends = random_prompts([12, 5, 1, 30])
+    replies = [Example(beginning + end, [False] * 12 + [True] * len(end)) for end in ends]
+    # The second row scores a token that all begin with: what is read once ends before it is predicted.
+    early = [replies[0], replies[1]._replace(scored=[place > 9 for place in range(13)]), replies[2]]
+    seen = []
+    for rows, num_read in ((replies, 11 + 5 + 1 + 30), (early, 9 + 7 + 3 + 32)):
+        seen.clear()
+        monkeypatch.setattr(
+            projection, "packed_forward", lambda m, line: seen.append(line) or packed_forward(m, line)
+        )
+        fast = score_batch(model, collate(rows, 3)).logp_S
+        fast.sum().backward()
+        ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        slow = torch.cat([score_batch_alone(model, row) for row in rows])
+        slow.sum().backward()
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-5)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(ours[name], parameter.grad, atol=2e-3, rtol=2e-3)
+        model.zero_grad()
+        assert seen[0].ids_1S.shape[1] == num_read
 
 
 def score_batch_alone(model, row):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,9 @@ __all__ = [
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at once in one chunk (64 MiB in float32)."""
+
+LEAST_SHARED = 8
+"""Tokens of a beginning that is worth a line of its own."""
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -76,11 +80,25 @@ def wanted_hidden(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) ->
         torch.is_grad_enabled() and len(inputs) == 1 and ids_BT is not None and ids_BT.device.type == "cpu"
     )
     if packs and len(at_BT) and can_pack(model):
-        used_B = (at_BT * torch.arange(1, at_BT.shape[1] + 1)).amax(1).tolist()
-        rows = [[ids[:used]] for ids, used in zip(inputs["input_ids"].tolist(), used_B, strict=True)]
-        at_1S = torch.cat([at[:used] for at, used in zip(at_BT, used_B, strict=True)])[None]
-        return packed_hidden(model, pack(rows), at_1S)
+        line, at_1S = _line(inputs["input_ids"].tolist(), at_BT)
+        return packed_hidden(model, line, at_1S)
     return _caught(model, lambda: model(**inputs, use_cache=False), at_BT)
+
+
+def _line(rows: list[list[int]], at_BT: Tensor) -> tuple[Line, Tensor]:
+    """Rows end to end, each up to its last wanted position; what all begin with before the first such is read once."""
+    used_B = (at_BT * torch.arange(1, at_BT.shape[1] + 1)).amax(1).tolist()
+    cut = [row[:used] for row, used in zip(rows, used_B, strict=True)]
+    num_shared = 0
+    if len(cut) > 1:
+        alike = takewhile(lambda column: len(set(column)) == 1, zip(*cut, strict=False))
+        num_shared = min(sum(1 for _ in alike), int(at_BT.any(0).int().argmax()))
+    if num_shared < LEAST_SHARED:
+        num_shared = 0
+    ats = [at_T[num_shared:used] for at_T, used in zip(at_BT, used_B, strict=True)]
+    at_1S = torch.cat([at_BT.new_zeros(num_shared), *ats])[None]
+    ends = [row[num_shared:] for row in cut]
+    return pack([[cut[0][:num_shared], *ends]] if num_shared else [[end] for end in ends]), at_1S
 
 
 def packed_hidden(model: nn.Module, line: Line, at_1S: Tensor) -> Hidden:
