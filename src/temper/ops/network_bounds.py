@@ -1,7 +1,8 @@
 """Interval bounds of a whole network: its graph read once by torch.fx, then every layer's rule on a box.
 
-Networks may branch and join (sums, concatenation), so residual ones work as written. A layer without a rule is refused
-by name. Where batch norm uses the statistics of the batch, a clean copy of the batch runs alongside and gives them.
+Networks may branch and join (sums, concatenation), so residual ones work as written, and normalise their own inputs
+(arithmetic with numbers and buffers). A layer without a rule is refused by name. Where batch norm uses the statistics of
+the batch, a clean copy of the batch runs alongside and gives them.
 """
 
 from __future__ import annotations
@@ -39,17 +40,21 @@ RISING = (
 POOLING = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d)
 AVERAGING = (
     nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d, torch.flatten, F.avg_pool2d, F.adaptive_avg_pool2d,
-    "flatten", "view", "reshape", "contiguous",
+    torch.mean, "mean", "flatten", "view", "reshape", "contiguous",
 )  # fmt: skip
 """Linear maps with no negative weight: the same on centre and radius."""
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, F.dropout, F.dropout1d, F.dropout2d)
 """Dropout is off while bounds are computed."""
 SUMS = (operator.add, operator.iadd, torch.add, "add")
+DIFFERENCES = (operator.sub, operator.isub, torch.sub, "sub")
+PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul")
+QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div")
+ARITHMETIC = (*SUMS, *DIFFERENCES, *PRODUCTS, *QUOTIENTS)
 JOINS = (torch.cat, torch.concat)
 SHAPES = ("size", getattr, operator.getitem)
 """What a network may read of its values' shapes."""
-RULES = (*AFFINE, *NORMS, *RECTIFIERS, *RISING, *POOLING, *AVERAGING, *NOTHING, *SUMS, *JOINS)
-IN_PLACE = (operator.iadd,)
+RULES = (*AFFINE, *NORMS, *RECTIFIERS, *RISING, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 class Bounds(NamedTuple):
@@ -100,6 +105,12 @@ class BoundedNetwork:
         """The module that a node calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
+    def constant(self, node: fx.Node) -> Tensor:
+        """The parameter or buffer that a node reads."""
+        owner, _, name = str(node.target).rpartition(".")
+        value: Tensor = getattr(self.network.get_submodule(owner), name)
+        return value
+
     def rule(self, node: fx.Node) -> Any:
         """What the rules know a node by: its module's class, its function, or its method's name."""
         return type(self.module(node)) if node.op == "call_module" else node.target
@@ -119,7 +130,7 @@ class BoundedNetwork:
         return wanted
 
     def _require_rule(self, node: fx.Node) -> None:
-        if node.op in ("placeholder", "output") or _reads_shape(node, self.rule(node)):
+        if node.op in ("placeholder", "output", "get_attr") or _reads_shape(node, self.rule(node)):
             return
         rule, module = self.rule(node), self.module(node)
         name = _name(rule)
@@ -148,17 +159,17 @@ def _reads_shape(node: fx.Node, rule: Any) -> bool:
 
 def _trouble(node: fx.Node, rule: Any, module: Any) -> str:
     """Why a known layer has no rule as it is used here; empty if it has."""
+    if rule in ARITHMETIC:
+        return _trouble_of_arithmetic(node, rule)
     if not node.args or not node.all_input_nodes:
         return "its input is not its first argument"
-    changes = rule in IN_PLACE or getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
-    if changes and any(len(used.users) > 1 for used in node.all_input_nodes[:1]):
+    changes = getattr(module, "inplace", False) or node.kwargs.get("inplace", False)
+    if changes and _is_needed(node.all_input_nodes[0]):
         return "it changes a value in place that is used again"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode is {module.padding_mode!r}, only zeros are supported"
     if getattr(module, "return_indices", False) or node.kwargs.get("return_indices", False):
         return "it returns indices"
-    if rule in SUMS and (node.kwargs or not all(isinstance(part, fx.Node) for part in node.args)):
-        return "only values of the network can be summed"
     if rule in RISING:
         given = [getattr(module, name, 0.0) for name in ("negative_slope", "alpha", "beta")]
         if node.op == "call_function":
@@ -167,6 +178,26 @@ def _trouble(node: fx.Node, rule: Any, module: Any) -> str:
             ]
         return "its slope is negative" if min(given) < 0 else ""
     return ""
+
+
+def _trouble_of_arithmetic(node: fx.Node, rule: Any) -> str:
+    if node.kwargs or len(node.args) != 2:
+        return "it has further arguments"
+    if not all(isinstance(part, (int, float, fx.Node)) for part in node.args):
+        return "one side is no value of the network, number or buffer"
+    if rule in IN_PLACE and _is_needed(node.all_input_nodes[0]):
+        return "it changes a value in place that is used again"
+    values = [isinstance(part, fx.Node) and part.op != "get_attr" for part in node.args]
+    if rule in QUOTIENTS and values[1]:
+        return "it divides by a value of the network"
+    if rule in PRODUCTS and all(values):
+        return "both sides are values of the network"
+    return ""
+
+
+def _is_needed(node: fx.Node) -> bool:
+    """Whether overwriting this node's value would change what somebody else reads."""
+    return len(node.users) > 1 or node.op in ("placeholder", "get_attr")
 
 
 class _Walk:
@@ -186,6 +217,9 @@ class _Walk:
         for node in self.net.nodes[:-1]:
             if node.op == "placeholder":
                 self.boxes[node], self.clean[node] = inputs.box, inputs.clean
+                continue
+            if node.op == "get_attr":
+                self.boxes[node] = self.clean[node] = self.net.constant(node)
                 continue
             scale_shift = self._norm(node) if self.net.rule(node) in NORMS else None
             if scale_shift is None and node in self.clean_nodes:
@@ -260,8 +294,8 @@ class _Walk:
             return Box(*(rule([part[side] for part in box], *others, **kwargs) for side in (0, 1)))
         if rule in AFFINE:
             return _affine(module, box, node, module.weight, module.bias)
-        if rule in SUMS:
-            return add_boxes(box, others[0])
+        if rule in ARITHMETIC:
+            return _combine(rule, box, others[0])
         if rule in NOTHING:
             return box
         if rule in SHAPES:
@@ -300,6 +334,21 @@ def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Any, dict[str
     """What a node is called with, the values of other nodes filled in."""
     filled: Any = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
     return filled
+
+
+def _combine(rule: Any, left: Any, right: Any) -> Box:
+    """Sum, difference, product or quotient of two values, of which at least one is a box."""
+    if rule in DIFFERENCES:
+        right = Box(-right.centre, right.radius) if isinstance(right, Box) else -right
+    if rule in (*SUMS, *DIFFERENCES):
+        if isinstance(left, Box) and isinstance(right, Box):
+            return add_boxes(left, right)
+        box, constant = (left, right) if isinstance(left, Box) else (right, left)
+        centre = box.centre + constant
+        return Box(centre, box.radius.expand_as(centre))
+    box, factor = (left, right) if isinstance(left, Box) else (right, left)
+    factor = 1 / factor if rule in QUOTIENTS else factor
+    return Box(box.centre * factor, box.radius * abs(factor))
 
 
 def _affine(layer: Any, box: Box, node: fx.Node, weight: Tensor, bias: Tensor | None) -> Box:
