@@ -1,0 +1,1 @@
+"""The caption world: coloured shapes in eight styles, drawn from a seed, with everything that can be said about them."""

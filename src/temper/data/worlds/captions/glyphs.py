@@ -38,7 +38,9 @@ def draw_glyphs(canvas_NHWC: Floats, scenes: Sequence[Scene]) -> None:
     """Draw each scene's glyphs over its picture, in place. Raises DataError for a letter without a drawing."""
     for image_HWC, scene in zip(canvas_NHWC, scenes, strict=True):
         for glyph in scene.glyphs:
-            _draw_word(image_HWC, scene, glyph) if glyph.kind == "word" else _draw_sign(image_HWC, scene, glyph)
+            _draw_word(image_HWC, scene, glyph) if glyph.kind == "word" else _draw_sign(
+                image_HWC, scene, glyph
+            )
 
 
 def _centre(scene: Scene, cell: int) -> tuple[float, float, float]:

@@ -26,13 +26,14 @@ def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _bits(seeds_N: NDArray[np.integer[Any]], num: int, stream: int) -> NDArray[np.uint64]:
-    starts_N = _mixed((seeds_N.astype(np.uint64) + np.uint64(stream) * FIRST) * GOLDEN + SECOND)
+    offset = np.array([stream], dtype=np.uint64) * FIRST + SECOND
+    starts_N = _mixed(seeds_N.astype(np.uint64) * GOLDEN + offset)
     return _mixed(starts_N[:, None] + np.arange(1, num + 1, dtype=np.uint64) * GOLDEN)
 
 
 def uniform(seeds_N: NDArray[np.integer[Any]], num: int, stream: int) -> NDArray[np.float64]:
     """`num` numbers in [0, 1) for each seed, shape (N, num); another stream gives independent ones."""
-    return (_bits(seeds_N, num, stream) >> np.uint64(11)) * 2.0**-53
+    return (_bits(seeds_N, num, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def normal(seeds_N: NDArray[np.integer[Any]], num: int, stream: int) -> NDArray[np.float32]:

@@ -37,7 +37,9 @@ def render(scenes: Sequence[Scene]) -> Bytes:
     """The pictures, shape (N, H, W, 3); a picture depends on its scene alone. Raises ConfigError for mixed sizes."""
     sizes = {scene.size_px for scene in scenes}
     if len(sizes) > 1:
-        raise ConfigError(f"The scenes have several sizes: {sorted(sizes)}", cure="Render each size by itself.")
+        raise ConfigError(
+            f"The scenes have several sizes: {sorted(sizes)}", cure="Render each size by itself."
+        )
     side = sizes.pop() if sizes else 0
     pixels_NHWC = np.empty((len(scenes), side, side, 3), dtype=np.uint8)
     for chunk in _chunks(scenes, side):
@@ -144,8 +146,8 @@ def _blurred(image: Floats) -> Floats:
 
 def _add_noise(canvas: Floats, scenes: Sequence[Scene]) -> None:
     noise_N = np.array([scene.noise for scene in scenes], dtype=np.float32)
-    loud = np.flatnonzero(noise_N)
-    if len(loud):
+    loud = np.flatnonzero(noise_N).tolist()
+    if loud:
         seeds = np.array([scenes[index].noise_seed for index in loud])
         grain = normal(seeds, canvas[0].size, NOISE_STREAM).reshape(len(loud), *canvas.shape[1:])
         canvas[loud] += noise_N[loud, None, None, None] * grain

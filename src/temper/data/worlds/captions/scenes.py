@@ -14,7 +14,17 @@ from temper.core.types import Json
 from temper.data.worlds.captions.noise import normal, uniform
 from temper.data.worlds.captions.words import COLOURS, HELD_OUT, PLACES_2, PLACES_3, RGB, SHAPES, STYLES
 
-__all__ = ["Glyph", "Scene", "SceneRecipe", "Thing", "all_pairs", "draw_scenes", "from_json", "size_word", "to_json"]
+__all__ = [
+    "Glyph",
+    "Scene",
+    "SceneRecipe",
+    "Thing",
+    "all_pairs",
+    "draw_scenes",
+    "from_json",
+    "size_word",
+    "to_json",
+]
 
 Colour = tuple[float, float, float]
 Ints = NDArray[np.integer[Any]]
@@ -218,7 +228,7 @@ def _radii(recipe: SceneRecipe) -> tuple[float, float, float]:
 
 
 def size_word(scene: Scene) -> str:
-    """"small", "large" or "" for the one object of a scene, by thirds of the radii that are drawn."""
+    """The size of a lone object, "small" or "large" by thirds of the radii that are drawn, else ""."""
     if scene.grid != 1:
         return ""
     low, high, _ = _radii(SceneRecipe(size_px=scene.size_px))
@@ -259,7 +269,14 @@ def _scenes(recipe: SceneRecipe, seeds_N: Ints, drawn: _Drawn) -> list[Scene]:
 
 def to_json(scene: Scene) -> dict[str, Json]:
     """The scene as plain JSON values."""
-    return dataclasses.asdict(scene)
+    plain: dict[str, Json] = _plain(dataclasses.asdict(scene))
+    return plain
+
+
+def _plain(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_json(value: Mapping[str, Json]) -> Scene:

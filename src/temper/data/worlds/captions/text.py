@@ -77,7 +77,7 @@ def _caption(scene: Scene, recipe: CaptionRecipe, picks: list[float]) -> str:
     if size and not recipe.short and (recipe.long or picks[2] < recipe.size_share):
         first = f"{size} {first}"
     said = article(first)
-    if scene.grid > 1 and picks[7] < 0.7:
+    if len(scene.things) > 1 and picks[7] < 0.7:
         other = scene.things[1]
         said += f" {relation(scene.things[0], other)} {article(_words(other, recipe, picks[5], picks[6]))}"
     if recipe.short:

@@ -84,11 +84,61 @@ SIGNS = ("sale", "exit", "stop", "fire", "open")
 """Words that a `word` glyph may show."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-SMALL_WORDS = (
-    "a an the of and is are it its in at on to what which how many there thing things colour shape where "
-    "left right above below than same as yes no nothing none picture image this with not i cannot help use "
-    "that they them one other object . ? , ;"
-).split()
+SMALL_WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "and",
+    "is",
+    "are",
+    "it",
+    "its",
+    "in",
+    "at",
+    "on",
+    "to",
+    "what",
+    "which",
+    "how",
+    "many",
+    "there",
+    "thing",
+    "things",
+    "colour",
+    "shape",
+    "where",
+    "left",
+    "right",
+    "above",
+    "below",
+    "than",
+    "same",
+    "as",
+    "yes",
+    "no",
+    "nothing",
+    "none",
+    "picture",
+    "image",
+    "this",
+    "with",
+    "not",
+    "i",
+    "cannot",
+    "help",
+    "use",
+    "that",
+    "they",
+    "them",
+    "one",
+    "other",
+    "object",
+    ".",
+    "?",
+    ",",
+    ";",
+]
 
 
 def _all_words() -> tuple[str, ...]:
