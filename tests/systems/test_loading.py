@@ -188,10 +188,10 @@ def test_spare_rows_are_fine_and_missing_ones_are_not(tmp_path):
 def test_hub_failures_are_told_apart(name, kind, message):
     outer = OSError("something failed")
     outer.__cause__ = type(name, (Exception,), {})("inner")
-    error = loading._explained(outer, "a/b")
+    error = loading.explained(outer, "a/b")
     assert isinstance(error, kind)
     assert message in str(error)
-    assert isinstance(loading._explained(OSError("a/b does not have safetensors"), "a/b"), ModelError)
+    assert isinstance(loading.explained(OSError("a/b does not have safetensors"), "a/b"), ModelError)
 
 
 def test_names_are_checked_without_loading(folder, tmp_path):

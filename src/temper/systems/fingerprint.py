@@ -16,7 +16,10 @@ __all__ = ["fingerprint_model"]
 
 VOLATILE = (
     "_attn_implementation",
+    "_class_name",
+    "_diffusers_version",
     "_name_or_path",
+    "_use_default_values",
     "architectures",
     "dtype",
     "torch_dtype",
@@ -86,6 +89,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 def _config_text(model: nn.Module) -> str:
     config = getattr(model, "config", None)
-    values = config.to_dict() if config is not None else {}
+    # transformers' configs turn into a dict, those of diffusers are one.
+    values = config.to_dict() if hasattr(config, "to_dict") else config or {}
     kept = {key: value for key, value in values.items() if key not in VOLATILE}
     return json.dumps(kept, sort_keys=True, default=str)

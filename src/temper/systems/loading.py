@@ -32,7 +32,7 @@ from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_lay
 from temper.systems.tiny import build_tiny, build_tiny_encoder
 from temper.systems.wanted import Wanted
 
-__all__ = ["available_bytes", "known_bases", "load_base", "parse_dtype"]
+__all__ = ["available_bytes", "explained", "known_bases", "load_base", "parse_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _kind(name: str, wanted: Wanted) -> str:
     except (OSError, ValueError, KeyError) as error:
         if "does not appear to have a file named config.json" in str(error) and _is_pipeline(name, wanted):
             return "Diffusion"
-        raise _explained(error, name) from error
+        raise explained(error, name) from error
     return kind_of_config(config.model_type, config.architectures)
 
 
@@ -276,7 +276,7 @@ def _explained_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _explained(error, name) from error
+        raise explained(error, name) from error
 
 
 def _load_config(source: str, name: str, wanted: Wanted) -> Any:
@@ -360,7 +360,7 @@ def _check_device(device: str | torch.device) -> torch.device:
     return wanted
 
 
-def _explained(error: Exception, name: str) -> Exception:
+def explained(error: Exception, name: str) -> Exception:
     """The same failure as one of our errors, told by what is in its chain of causes."""
     kinds = {type(link).__name__ for link in _chain(error)}
     text = " ".join(str(link) for link in _chain(error))

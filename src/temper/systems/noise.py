@@ -68,17 +68,17 @@ def x0_from_eps(x_t_B: Tensor, eps_B: Tensor, ab_B: Tensor) -> Tensor:
 
 
 def eps_from_x0(x_t_B: Tensor, x0_B: Tensor, ab_B: Tensor) -> Tensor:
-    """eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab)."""
+    """Eps = (x_t - sqrt(ab) x_0) / sqrt(1 - ab)."""
     return (x_t_B - ab_B.sqrt() * x0_B) / (1 - ab_B).sqrt()
 
 
 def v_from(x0_B: Tensor, eps_B: Tensor, ab_B: Tensor) -> Tensor:
-    """v = sqrt(ab) eps - sqrt(1 - ab) x_0."""
+    """V = sqrt(ab) eps - sqrt(1 - ab) x_0."""
     return ab_B.sqrt() * eps_B - (1 - ab_B).sqrt() * x0_B
 
 
 def eps_from_v(x_t_B: Tensor, v_B: Tensor, ab_B: Tensor) -> Tensor:
-    """eps = sqrt(ab) v + sqrt(1 - ab) x_t."""
+    """Eps = sqrt(ab) v + sqrt(1 - ab) x_t."""
     return ab_B.sqrt() * v_B + (1 - ab_B).sqrt() * x_t_B
 
 
@@ -113,11 +113,15 @@ def denoise(
     num_levels = int(scheduler.config.num_train_timesteps)
     if not 1 <= num_steps <= num_levels:
         raise ConfigError(
-            f"{num_steps} sampling steps", where=f"a schedule of {num_levels} levels", cure="Take 1 to that many."
+            f"{num_steps} sampling steps",
+            where=f"a schedule of {num_levels} levels",
+            cure="Take 1 to that many.",
         )
     stepper = copy.deepcopy(scheduler)
     stepper.set_timesteps(num_steps)
-    extra = {"generator": list(generators)} if "generator" in inspect.signature(stepper.step).parameters else {}
+    extra = (
+        {"generator": list(generators)} if "generator" in inspect.signature(stepper.step).parameters else {}
+    )
     x_B = noise_B * stepper.init_noise_sigma
     for t in stepper.timesteps:
         output_B = predict(stepper.scale_model_input(x_B, t), t)
