@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from temper.artefacts import Tune, tuning
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Run
-from temper.ops.contrast import Contrasted, ContrastObjective, contrastive_loss, num_tokens, similarities
+from temper.ops.contrast import (
+    Contrasted,
+    ContrastObjective,
+    contrastive_loss,
+    num_tokens,
+    pairwise_loss,
+    similarities,
+)
 from temper.ops.train import TrainSettings, train
 from temper.systems.loading import load_base
 
@@ -173,3 +180,29 @@ def test_bad_items_are_named():
         ContrastObjective(system)(system.model, [good._replace(names=("a", "b"))])
     with pytest.raises(ConfigError, match="chunk_tokens is 0"):
         ContrastObjective(system, 0)
+
+
+def test_pairs_by_hand():
+    scores_BK = torch.tensor([[1.0, 0.0, 3.0], [0.5, 0.5, 9.0]])
+    counts_BK = torch.tensor([[True, True, True], [True, True, False]])
+    found = pairwise_loss(scores_BK, torch.tensor([0, 1]), counts_BK, scale=2.0)
+    assert found.count == 3
+    by_hand = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(4)) + math.log(2)
+    assert float(found.total) == pytest.approx(by_hand)
+
+
+def test_own_candidates_alone_and_pairs_are_counted():
+    system = load_base("tiny:bert", dtype="float64")
+    items = items_of(system, num_hard=2)
+    seen = []
+
+    def loss(scores_BK, positive_B, counts_BK):
+        seen.append(counts_BK)
+        return pairwise_loss(scores_BK, positive_B, counts_BK)
+
+    for shared, pairs in ((True, 5 * 14), (False, 5 * 2)):
+        objective = ContrastObjective(system, 10_000, per="pair", shared=shared, loss=loss)
+        assert objective.counts(items) == {"contrast": pairs}
+        assert objective(system.model, items)["contrast"].count == pairs
+    assert seen[1].sum(1).tolist() == [3] * 5
+    assert seen[1][1].nonzero().flatten().tolist() == [3, 4, 5]

@@ -115,11 +115,17 @@ class Artefact(ABC):
 
 
 def need_model(system: Any, what: str) -> None:
-    """Raise NeedsError unless the system holds weights that can be changed."""
+    """Raise NeedsError unless the system holds weights that can be changed, ModelError if a query model depends on them."""
     if not isinstance(getattr(system, "model", None), torch.nn.Module):
         raise NeedsError(
             f"{what} needs a model whose weights are here; {type(system).__name__} has none",
             cure="Use a local model as the base.",
+        )
+    if getattr(system, "query_model", None) is not None:
+        raise ModelError(
+            f"{what} would change the documents that the system's query model was trained against",
+            where=f"system {system.spec!r}",
+            cure="Put it before the query model's weights, and train those again.",
         )
 
 

@@ -22,9 +22,12 @@ from temper.artefacts.vocabulary import Vocabulary, plan_vocabulary
 from temper.artefacts.weights import Weights
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Json, Run
+from temper.ops.checkpoint import kept_buffers
 
 __all__ = ["Tune", "Tuning", "tuning"]
 
+TASK_TYPES = {"CausalLM": "CAUSAL_LM", "Encoder": "FEATURE_EXTRACTION"}
+"""Kind of System -> the task type under which PEFT loads its adapter."""
 FROZEN_DTYPES = {"same": None, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -148,6 +151,7 @@ class _LoraTuning(Tuning):
         model = system.model
         chosen = target_modules(model, tune.targets)
         self.config = _peft_config(model, tune, chosen, vocabulary)
+        self.config["task_type"] = TASK_TYPES.get(base.kind)
         _inject(model, self.config, tune, seed)
         self.rows = train_rows(model, vocabulary) if vocabulary else {}
         self.start = vocabulary.start if vocabulary else {}
@@ -189,6 +193,7 @@ class _FullTuning(Tuning):
             if name in names:
                 self.before[name] = parameter.data
                 parameter.data = parameter.data.clone()
+        self.buffers = {name: buffer.clone() for name, buffer in kept_buffers(model).items()}
 
     def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
         return [(parameter, self.before[name]) for name, parameter in self.named_parameters().items()]
@@ -199,6 +204,10 @@ class _FullTuning(Tuning):
             for name, parameter in self.named_parameters().items()
             if not torch.equal(parameter.data, self.before[name])
         }
+        for name, buffer in kept_buffers(self.system.model).items():
+            # Batch norm's running statistics move in training.
+            if not torch.equal(buffer, self.buffers[name]):
+                changed[name] = buffer.detach().cpu().clone()
         return Weights(self.base, method, changed, self.vocabulary) if changed else None
 
 
@@ -245,7 +254,6 @@ def _peft_config(
     """PEFT's adapter_config for what will be trained."""
     config: dict[str, Json] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": tune.r,

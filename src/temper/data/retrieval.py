@@ -215,8 +215,8 @@ class _Documents:
 def corpus_of(data: Data) -> Corpus:
     """All documents of the data: those of the part `corpus`, then positives and negatives that it lacks."""
     documents = _Documents()
-    for text in data.records("corpus", Text):
-        documents.add(text.text, text.id)
+    for document in data.records("corpus", Text):
+        documents.add(document.text, document.id)
     rankings = [record for part in data for record in data[part] if isinstance(record, Ranking)]
     for record in rankings:
         documents.add(record.positive, _column(record, "positive_id"))

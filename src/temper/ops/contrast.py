@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,15 @@ from temper.ops.objectives import SumCount
 if TYPE_CHECKING:
     from temper.systems.encoder import Encoder
 
-__all__ = ["BatchLoss", "ContrastObjective", "Contrasted", "contrastive_loss", "num_tokens", "similarities"]
+__all__ = [
+    "BatchLoss",
+    "ContrastObjective",
+    "Contrasted",
+    "contrastive_loss",
+    "num_tokens",
+    "pairwise_loss",
+    "similarities",
+]
 
 
 class Contrasted(NamedTuple):
@@ -65,6 +73,16 @@ def contrastive_loss(
     return SumCount(nn.functional.cross_entropy(logits_BK, positive_B, reduction="sum"), len(scores_BK))
 
 
+def pairwise_loss(
+    scores_BK: Tensor, positive_B: Tensor, counts_BK: Tensor, *, scale: float = 1.0
+) -> SumCount:
+    """log(1 + exp(scale (negative - positive))) of each query and each other candidate that counts, summed over the pairs, in nats."""
+    negative_BK = counts_BK.scatter(1, positive_B[:, None], False)
+    above_BK = scale * (scores_BK - scores_BK.gather(1, positive_B[:, None]))
+    pairs = nn.functional.softplus(above_BK[negative_BK])
+    return SumCount(pairs.sum(), pairs.numel())
+
+
 def num_tokens(item: Contrasted) -> int:
     """Tokens of the query and all its candidates: the `length` of an item for `train`."""
     return len(item.query) + sum(map(len, item.candidates))
@@ -81,6 +99,10 @@ class ContrastObjective:
     chunk_tokens: int = Run.batch_tokens
     cosine: bool = True
     loss: BatchLoss = contrastive_loss
+    per: Literal["query", "pair"] = "query"
+    """What the loss counts: queries, or pairs of a query and a negative."""
+    shared: bool = True
+    """Whether the candidates of other queries count; else a query's own alone."""
     weights: Mapping[str, float] = field(default_factory=lambda: {"contrast": 1.0})
     unsplittable: bool = True
     bounds_memory: bool = True
@@ -91,15 +113,17 @@ class ContrastObjective:
             raise ConfigError(f"chunk_tokens is {self.chunk_tokens}", cure="It must be at least 1.")
 
     def counts(self, items: Sequence[Contrasted]) -> dict[str, float]:
-        """Queries."""
-        return {"contrast": float(len(items))}
+        """Queries, or pairs."""
+        if self.per == "query":
+            return {"contrast": float(len(items))}
+        return {"contrast": float(_candidates(items, self.shared)[1].sum()) - len(items)}
 
     def __call__(self, model: nn.Module, items: Sequence[Contrasted]) -> dict[str, SumCount]:
         """The loss over the batch."""
         rows = [item.query for item in items] + list(chain.from_iterable(item.candidates for item in items))
         encoded_ND = self._encoded(self.system.with_(model=model), rows)
         query_BD, candidate_KD = encoded_ND[: len(items)], encoded_ND[len(items) :]
-        positive_B, counts_BK = _candidates(items)
+        positive_B, counts_BK = _candidates(items, self.shared)
         with torch.autocast(encoded_ND.device.type, enabled=False):
             scores_BK = similarities(query_BD, candidate_KD, cosine=self.cosine)
             return {
@@ -136,7 +160,7 @@ def _chunks(system: Encoder, lengths: list[int], budget: int) -> list[list[int]]
     return chunks
 
 
-def _candidates(items: Sequence[Contrasted]) -> tuple[Tensor, Tensor]:
+def _candidates(items: Sequence[Contrasted], shared: bool) -> tuple[Tensor, Tensor]:
     """Where each query's positive stands among the batch's candidates, (B,), and which count for it, (B, K)."""
     sizes = [len(item.candidates) for item in items]
     for place, item in enumerate(items):
@@ -149,5 +173,8 @@ def _candidates(items: Sequence[Contrasted]) -> tuple[Tensor, Tensor]:
     positive_B = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     names = [name for item in items for name in (item.names or [""] * len(item.candidates))]
     counts_BK = torch.tensor([[name not in item.relevant for name in names] for item in items])
+    if not shared:
+        owner_K = torch.arange(len(items)).repeat_interleave(torch.tensor(sizes))
+        counts_BK &= owner_K == torch.arange(len(items))[:, None]
     counts_BK[torch.arange(len(items)), positive_B] = True
     return positive_B, counts_BK

@@ -39,6 +39,10 @@ class Encoder(LocalSystem):
     device: torch.device = CPU
     spec: str = ""
     given_fingerprint: str = ""
+    query_model: Any = None
+    """The model that embeds queries, where it is another than that of the documents (`model`)."""
+    documents: str = ""
+    """With a query model: the fingerprint of the document side that it was trained against."""
     kind: ClassVar[str] = "Encoder"
 
     def identity(self) -> str:
@@ -47,6 +51,29 @@ class Encoder(LocalSystem):
             json.dumps(dataclasses.asdict(self.layout), sort_keys=True)
             + "/"
             + _tokenizer_hash(self.tokenizer)
+        )
+
+    @property
+    def for_queries(self) -> Encoder:
+        """The encoder of queries: this one, unless there is a query model."""
+        if self.query_model is None:
+            return self
+        return self.with_(
+            model=self.query_model, query_model=None, documents="", fingerprint=f"{self.fingerprint}:queries"
+        )
+
+    @property
+    def document_fingerprint(self) -> str:
+        """The fingerprint of what embeds documents: an index made by it fits every query model trained against it."""
+        return self.documents or self.fingerprint
+
+    def cut(self, max_tokens: int) -> Encoder:
+        """The same, reading at most so many tokens of a text: another encoder, with a fingerprint of its own."""
+        mark = f":{max_tokens}"
+        return self.with_(
+            layout=self.layout.cut(min(max_tokens, self.max_tokens)),
+            fingerprint=self.fingerprint + mark,
+            documents=self.documents and self.documents + mark,
         )
 
     def try_capabilities(self) -> dict[str, bool]:
