@@ -88,8 +88,8 @@ def test_drawing_is_what_the_pipeline_of_diffusers_draws() -> None:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        prompt_embeds=some(system, 1).tokens_BTD,
-        negative_prompt_embeds=system.nothing(1).tokens_BTD,
+        prompt_embeds=some(system, 1).values,
+        negative_prompt_embeds=system.nothing(1).values,
         num_inference_steps=5,
         guidance_scale=3.0,
         latents=noise,
@@ -152,7 +152,7 @@ def test_guidance_one_is_the_conditional_model_and_zero_the_unconditional(system
 
 def test_classes_go_by_name_or_number_and_others_are_refused() -> None:
     system = load_diffusion("tiny:unet", Wanted())
-    assert system.conditions(["star", 3]).labels_B.tolist() == [3, 3]  # type: ignore[union-attr]
+    assert system.conditions(["star", 3]).values.tolist() == [3, 3]
     for wrong in ("stat", 4, -1):
         with pytest.raises(ConfigError, match="no class"):
             system.conditions([wrong])

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,19 +28,31 @@ DRAWN_AT_ONCE = 64
 """Pictures that go through the model together; how many does not change any of them."""
 
 
-class Condition(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Condition:
     """What B pictures are conditioned on: class ids, or the states of texts' tokens."""
 
     labels_B: Tensor | None = None
     tokens_BTD: Tensor | None = None
 
-    def __len__(self) -> int:  # type: ignore[override]
+    @property
+    def values(self) -> Tensor:
+        """The one of both that is there."""
+        found = self.tokens_BTD if self.labels_B is None else self.labels_B
+        assert found is not None
+        return found
+
+    def __len__(self) -> int:
         """The number of pictures."""
-        return len(self.labels_B if self.labels_B is not None else self.tokens_BTD)  # type: ignore[arg-type]
+        return len(self.values)
+
+    def like(self, values: Tensor) -> Condition:
+        """A condition of the same sort with these values."""
+        return Condition(tokens_BTD=values) if self.labels_B is None else Condition(labels_B=values)
 
     def take(self, index: Any) -> Condition:
         """The conditions at an index: a slice, or ids."""
-        return Condition(*(None if part is None else part[index] for part in self))
+        return self.like(self.values[index])
 
 
 class DrawRule(Protocol):
@@ -131,8 +143,7 @@ class Diffusion(LocalSystem):
     def nothing(self, num: int) -> Condition:
         """The condition that asks for nothing, `num` times; raises ConfigError for a model that never learnt it."""
         if self.takes_text:
-            one = self.conditions([""])
-            return Condition(tokens_BTD=one.tokens_BTD.expand(num, -1, -1))  # type: ignore[union-attr]
+            return Condition(tokens_BTD=self.conditions([""]).values.expand(num, -1, -1))
         if not self.has_null:
             raise ConfigError(
                 "Guidance needs an unconditional prediction, and the model has none",
