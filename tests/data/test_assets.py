@@ -418,10 +418,13 @@ def test_a_model_is_not_data(no_pip):
 
 
 def test_the_real_catalogue_is_whole():
-    lock = archives.read_lock(assets.LOCK)
+    wheels, debs = archives.read_lock(assets.LOCK), archives.read_lock(assets.DEBIAN_LOCK)
+    lock = wheels | debs
     catalogue = json.loads(assets.CATALOGUE.read_text())
     assert set(lock) == set(catalogue["sizes"])
-    for line in lock.values():
+    for line in debs.values():
+        assert re.fullmatch(r"[a-z0-9.-]+=[^= ]+ --hash=sha256:[0-9a-f]{64}", line)
+    for line in wheels.values():
         assert re.fullmatch(r"[a-z0-9.-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line)
     found = assets.available()
     assert {"smollm2-135m", "minilm", "rotten-tomatoes", "chitchat", "refusal-labels"} <= set(found)
@@ -430,5 +433,5 @@ def test_the_real_catalogue_is_whole():
     for info in found.values():
         assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) and file.bytes > 0 for file in info.files)
         assert info.convert == "" or info.convert in conversions.STEPS
-        assert info.kind in ("model", "encoder", "text")
+        assert info.kind in ("model", "encoder", "image classifier", "text", "images")
         assert info.disk_bytes > info.size_bytes > 0

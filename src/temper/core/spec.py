@@ -1,18 +1,19 @@
 """The short names of systems and data, parsed.
 
 system   base[+artefact[@strength]]...      smollm2-135m+runs/refusal-7f3a@0.8
-data     builtin:NAME[:PART]  asset:NAME[:PART]  hub:owner/name[:config][:split]  FILE  STEP-ID
+data     builtin:NAME[:PART]  asset:NAME[:PART]  hub:owner/name[:config][:split]  FILE  FOLDER/  STEP-ID
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from temper.core.errors import ConfigError
 
-__all__ = ["ArtefactRef", "DataSpec", "SystemSpec", "parse_data", "parse_system"]
+__all__ = ["DATA_SUFFIXES", "ArtefactRef", "DataSpec", "SystemSpec", "parse_data", "parse_system"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -41,12 +42,12 @@ class SystemSpec:
 class DataSpec:
     """Where data comes from: `kind`, its name, and the rest of the colon-separated fields."""
 
-    kind: Literal["builtin", "asset", "hub", "file", "step"]
+    kind: Literal["builtin", "asset", "hub", "file", "folder", "step"]
     name: str
     fields: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.kind in ("file", "step"):
+        if self.kind in ("file", "folder", "step"):
             return self.name
         return ":".join([self.kind, self.name, *self.fields])
 
@@ -75,7 +76,10 @@ def _artefact(part: str, text: str) -> ArtefactRef:
 
 
 def parse_data(text: str) -> DataSpec:
-    """Recognise one of the five forms; raises ConfigError for an empty or unknown one."""
+    """Recognise one of the six forms; raises ConfigError for an empty or unknown one.
+
+    A folder ends in "/", or is there and is no plain word: that is a step's id.
+    """
     head, *rest = text.split(":")
     if head in ("builtin", "asset", "hub"):
         if not rest or not rest[0]:
@@ -85,7 +89,10 @@ def parse_data(text: str) -> DataSpec:
         return DataSpec("file", text)
     if re.fullmatch(r"[A-Za-z][\w-]*", text):
         return DataSpec("step", text)
+    if text.endswith("/") or (text.strip() and Path(text).expanduser().is_dir()):
+        return DataSpec("folder", text)
     raise ConfigError(
         f"Data spec {text!r} is not understood",
-        cure="Use builtin:NAME, asset:NAME, hub:owner/name[:config][:split] or a .jsonl, .csv or .parquet file.",
+        cure="Use builtin:NAME, asset:NAME, hub:owner/name[:config][:split], a .jsonl, .csv or .parquet file, "
+        "or a folder.",
     )

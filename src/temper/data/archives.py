@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 
 from temper.core.errors import StoreError
 from temper.core.types import Ticker
+from temper.data import debian
 
 __all__ = ["LockedFile", "download", "extract", "file_sha256", "read_lock"]
 
@@ -41,7 +42,7 @@ class LockedFile(NamedTuple):
 def read_lock(path: Path) -> dict[str, str]:
     """Package name -> its line of a lock file."""
     lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    return {line.partition("==")[0]: line for line in lines if line and not line.startswith("#")}
+    return {line.partition("=")[0]: line for line in lines if line and not line.startswith("#")}
 
 
 def download(lock_line: str, folder: Path, *, size_bytes: int, ticker: Ticker, label: str) -> Path:
@@ -50,6 +51,8 @@ def download(lock_line: str, folder: Path, *, size_bytes: int, ticker: Ticker, l
     Raises StoreError for no network, an unknown package or another hash; then no archive is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if debian.is_debian(lock_line):
+        return _checked(debian.download(lock_line, folder), lock_line)
     there = _wheel(folder, lock_line)
     if there is not None and lock_line.endswith(f"--hash=sha256:{file_sha256(there)}"):
         return there
@@ -59,6 +62,21 @@ def download(lock_line: str, folder: Path, *, size_bytes: int, ticker: Ticker, l
     if wheel is None:
         raise _pip_error(output, lock_line.partition(" ")[0])
     return wheel
+
+
+def _checked(archive: Path, lock_line: str) -> Path:
+    """The archive, if it has the locked hash."""
+    if not lock_line.endswith(f"--hash=sha256:{file_sha256(archive)}"):
+        archive.unlink()
+        raise _other_hash(lock_line.partition(" ")[0])
+    return archive
+
+
+def _other_hash(package: str) -> StoreError:
+    return StoreError(
+        "The downloaded archive is not the locked one: its hash differs", where=package,
+        cure="Nothing was kept. Ask the owner of your package index what it serves, or use another index.",
+    )  # fmt: skip
 
 
 def _run_pip(lock_line: str, folder: Path, megabytes: int, ticker: Ticker, label: str) -> tuple[int, str]:
@@ -133,10 +151,7 @@ def _pip_error(log: str, package: str) -> StoreError:
         else (log.strip().splitlines() or ["no output"])[-1]
     )
     if "DO NOT MATCH THE HASHES" in log:
-        return StoreError(
-            "The downloaded archive is not the locked one: its hash differs", where=package,
-            cure="Nothing was kept. Ask the owner of your package index what it serves, or use another index.",
-        )  # fmt: skip
+        return _other_hash(package)
     if "No space left" in log:
         return StoreError("The disk is full", where=package, cure="Free some space, or set TEMPER_CACHE.")
     if "No module named pip" in log:
@@ -183,6 +198,9 @@ def _copy(locked: LockedFile, wheels: dict[str, Path], out: IO[bytes]) -> str:
 
 def _chunks(wheel: Path, member: str) -> Iterator[bytes]:
     """The bytes of a member, or of all that a pattern matches."""
+    if wheel.suffix == ".deb":
+        yield from _deb_chunks(wheel, member)
+        return
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(fnmatch.filter(archive.namelist(), member)) if "*" in member else [member]
@@ -196,12 +214,21 @@ def _chunks(wheel: Path, member: str) -> Iterator[bytes]:
         raise _damaged(wheel, error) from error
 
 
+def _deb_chunks(package: Path, member: str) -> Iterator[bytes]:
+    try:
+        yield from debian.member_chunks(package, member)
+    except KeyError:
+        raise StoreError("The archive has no such member", where=f"{package.name}: {member}") from None
+
+
 def _damaged(wheel: Path, error: Exception) -> StoreError:
     return StoreError(f"The archive is damaged: {error}", where=wheel.name, cure="Fetch it again.")
 
 
 def _check_names(wheel: Path) -> None:
     """No member of the archive may point outside of a folder."""
+    if wheel.suffix == ".deb":
+        return  # members are found by their whole name and never unpacked under it
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()

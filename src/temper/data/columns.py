@@ -14,17 +14,19 @@ from pathlib import Path
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Message
 from temper.data import schemas as s
+from temper.data.choices import choice_fields
 from temper.data.pictures import Picture
 from temper.data.turns import plain_row
+from temper.data.values import kind, short
 
-__all__ = ["WANTS", "Place", "check_schema", "from_row", "infer_schema"]
+__all__ = ["WANTS", "Place", "RowReader", "check_schema", "from_row", "infer_schema"]
 
 WANTS: dict[str, str] = {
     "Dialogue": "messages, or prompt + completion, or question + answer, or prompt",
     "Preference": "prompt + chosen + rejected, or chosen + rejected as whole conversations",
     "Behaviour": "prompt (or goal, behavior, turns), and perhaps target, category, benign",
     "Choice": "question + choices + answer",
-    "Labelled": "text + label",
+    "Labelled": "text + label, or image + label",
     "Text": "text",
     "Ranking": "query + positive, and perhaps negatives",
     "ToolCalls": "messages + tools",
@@ -34,6 +36,7 @@ WANTS: dict[str, str] = {
 PROMPTS = ("prompt", "question")
 REPLIES = ("completion", "response", "answer")
 GOALS = ("prompt", "goal", "behavior", "behaviour")
+IMAGES = ("image", "img")
 CHAT_LISTS = ("messages", "conversations")
 TURN_NAMES = {"human": "user", "gpt": "assistant"}
 
@@ -83,7 +86,7 @@ _SIGNS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("Behaviour", (("turns",), *((goal,) for goal in ("goal", "behavior", "behaviour")))),
     ("Behaviour", (("prompt", "target"), ("prompt", "benign"))),
     ("Dialogue", tuple((p, r) for p in PROMPTS for r in REPLIES)),
-    ("Labelled", (("text", "label"), ("choices", "human_score"))),
+    ("Labelled", (("text", "label"), ("choices", "human_score"), *((image, "label") for image in IMAGES))),
     ("Text", (("text",),)),
     ("Dialogue", (("prompt",), ("question",))),
 )
@@ -97,17 +100,17 @@ def from_row(row: Mapping[str, Json], schema: str, place: Place, *, default_id: 
     """
     if not isinstance(row, Mapping):
         raise _not_a_row(row, place)
-    reader = _RowReader(plain_row(row, schema, place), place, schema)
+    reader = RowReader(plain_row(row, schema, place), place, schema)
     name = reader.id(default_id)
     fields = _BUILDERS[check_schema(schema)](reader)
     return s.SCHEMAS[schema](**fields, id=name, extra=reader.rest())
 
 
 def _not_a_row(row: Json, place: Place) -> DataError:
-    return place.error(f"A row must be an object with columns, not {_kind(row)}", cure='Write {"text": ...}.')
+    return place.error(f"A row must be an object with columns, not {kind(row)}", cure='Write {"text": ...}.')
 
 
-class _RowReader:
+class RowReader:
     """Takes columns from one row and remembers which were used."""
 
     def __init__(self, row: Mapping[str, Json], place: Place, schema: str) -> None:
@@ -164,7 +167,7 @@ class _RowReader:
 
     def wrong(self, value: Json, column: str, wanted: str) -> DataError:
         """The error for a value of the wrong type."""
-        return self.place.error(f"{_short(value)} is {_kind(value)}, not {wanted}", column=column)
+        return self.place.error(f"{short(value)} is {kind(value)}, not {wanted}", column=column)
 
     def id(self, default: str) -> str:
         """The row's id as a string, or `default`."""
@@ -240,7 +243,7 @@ class _RowReader:
 Fields = dict[str, Json]
 
 
-def _dialogue(r: _RowReader) -> Fields:
+def _dialogue(r: RowReader) -> Fields:
     if r.find(*CHAT_LISTS):
         name, value = r.take(*CHAT_LISTS)
         if isinstance(value, str):
@@ -256,7 +259,7 @@ def _dialogue(r: _RowReader) -> Fields:
     return {"messages": messages}
 
 
-def _preference(r: _RowReader) -> Fields:
+def _preference(r: RowReader) -> Fields:
     _, chosen = r.take("chosen")
     _, rejected = r.take("rejected")
     if r.find(*PROMPTS):
@@ -275,7 +278,7 @@ def _preference(r: _RowReader) -> Fields:
     return {"prompt": first, "chosen": good, "rejected": bad}
 
 
-def _after(r: _RowReader, prompt: tuple[Message, ...], value: Json, column: str) -> str:
+def _after(r: RowReader, prompt: tuple[Message, ...], value: Json, column: str) -> str:
     """The reply; a conversation that repeats the prompt gives its closing message."""
     longer = isinstance(value, list) and len(value) == len(prompt) + 1
     if longer and r.messages(value, column)[:-1] == prompt:
@@ -283,14 +286,14 @@ def _after(r: _RowReader, prompt: tuple[Message, ...], value: Json, column: str)
     return r.reply(value, column)
 
 
-def _split(r: _RowReader, value: Json, column: str) -> tuple[tuple[Message, ...], str]:
+def _split(r: RowReader, value: Json, column: str) -> tuple[tuple[Message, ...], str]:
     if isinstance(value, str):
         raise r._missing(PROMPTS)
     messages = r.messages(value, column)
     return messages[:-1], r.reply([{"role": messages[-1].role, "content": messages[-1].content}], column)
 
 
-def _behaviour(r: _RowReader) -> Fields:
+def _behaviour(r: RowReader) -> Fields:
     name, value = r.take(*GOALS)
     messages = r.messages(value, name)
     if len(messages) != 1 or messages[0].role != "user":
@@ -308,62 +311,34 @@ def _behaviour(r: _RowReader) -> Fields:
     return fields
 
 
-def _flag(r: _RowReader, value: Json, column: str) -> bool:
+def _flag(r: RowReader, value: Json, column: str) -> bool:
     if value in (0, 1) and isinstance(value, int):
         return bool(value)
     raise r.wrong(value, column, "true or false")
 
 
-def _choice(r: _RowReader) -> Fields:
-    question = r.text("question")
-    name, value = r.take("choices")
-    labels: list[str] = []
-    if isinstance(value, Mapping):
-        labels, value = [str(x) for x in value.get("label", [])], value.get("text")
-    choices = r.texts(value, name, least=2)
-    column, answer = r.take("answer", "answerKey")
-    return {"question": question, "choices": choices, "answer": _answer(r, answer, column, choices, labels)}
-
-
-def _answer(r: _RowReader, answer: Json, column: str, choices: tuple[str, ...], labels: list[str]) -> int:
-    """The index meant by a number, a letter, a label or the text of a choice; never a guess between two."""
-    if isinstance(answer, str):
-        letters = labels or [chr(ord("A") + i) for i in range(len(choices))]
-        meant = {i for names in (letters, choices) for i, name in enumerate(names) if name == answer}
-        if answer.isdecimal() and not labels:
-            meant.add(int(answer))
-        if len(meant) > 1:
-            raise r.place.error(f"{answer!r} could be {len(meant)} of the choices", column=column,
-                                cure="Give the index, counted from 0, as a JSON number.")  # fmt: skip
-        answer = meant.pop() if meant else answer
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise r.place.error(f"{_short(answer)} names none of the {len(choices)} choices", column=column,
-                            cure="Give the index counted from 0, the letter, or the choice's text.")  # fmt: skip
-    return answer
-
-
-def _labelled(r: _RowReader) -> Fields:
-    text = r.text("text")
+def _labelled(r: RowReader) -> Fields:
+    shown: Fields = {"text": "", "image": _picture(r)} if r.find(*IMAGES) else {"text": r.text("text")}
     column, label = r.take("label")
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # what a table of floats makes of class numbers
     if not isinstance(label, str | int):
         raise r.wrong(label, column, "a text or a whole number")
-    return {"text": text, "label": r.string(label, column) if isinstance(label, str) else int(label)}
+    return {**shown, "label": r.string(label, column) if isinstance(label, str) else int(label)}
 
 
-def _text(r: _RowReader) -> Fields:
+def _text(r: RowReader) -> Fields:
     return {"text": r.text("text")}
 
 
-def _ranking(r: _RowReader) -> Fields:
+def _ranking(r: RowReader) -> Fields:
     fields: Fields = {"query": r.text("query"), "positive": r.text("positive")}
     if r.find("negatives"):
         fields["negatives"] = r.texts(r.take("negatives")[1], "negatives")
     return fields
 
 
-def _tool_calls(r: _RowReader) -> Fields:
+def _tool_calls(r: RowReader) -> Fields:
     name, value = r.take("messages")
     messages = r.messages(value, name)
     name, tools = r.take("tools")
@@ -372,36 +347,34 @@ def _tool_calls(r: _RowReader) -> Fields:
     return {"messages": messages, "tools": tuple(dict(tool) for tool in tools)}
 
 
-def _captioned(r: _RowReader) -> Fields:
+def _captioned(r: RowReader) -> Fields:
     return {"image": _picture(r), "text": r.text("text", "caption")}
 
 
-def _picture(r: _RowReader) -> Picture:
-    """A file beside the rows, or an image within the row."""
-    text = r.text("image")
+def _picture(r: RowReader) -> Picture:
+    """A file beside the rows, or an image within the row: a data URI, bytes, or {"bytes", "path"} as Parquet holds it."""
+    column, value = r.take(*IMAGES)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return Picture.from_bytes(value)
+    text = r.string(value, column)
     if text.startswith("data:"):
-        return Picture.from_uri(text)
+        try:
+            return Picture.from_uri(text)
+        except DataError as error:
+            raise r.place.error(error.what, column=column, cure=error.cure) from None
     return Picture.from_file((r.place.folder or Path()) / text)
 
 
-_BUILDERS: dict[str, Callable[[_RowReader], Fields]] = {
+_BUILDERS: dict[str, Callable[[RowReader], Fields]] = {
     "Dialogue": _dialogue,
     "Preference": _preference,
     "Behaviour": _behaviour,
-    "Choice": _choice,
+    "Choice": choice_fields,
     "Labelled": _labelled,
     "Text": _text,
     "Ranking": _ranking,
     "ToolCalls": _tool_calls,
     "Captioned": _captioned,
 }
-
-
-def _kind(value: Json) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
-    return "nothing" if value is None else kinds.get(type(value), "an object")
-
-
-def _short(value: Json) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

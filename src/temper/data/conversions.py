@@ -19,6 +19,7 @@ from pathlib import Path
 
 from temper.core.errors import StoreError
 from temper.core.types import Json, Message
+from temper.data import image_conversions
 from temper.data.loading import write_jsonl
 from temper.data.schemas import Choice, Dialogue, Labelled
 
@@ -26,6 +27,8 @@ __all__ = ["STEPS", "convert"]
 
 TEST_SHARE = 5
 """One film in this many is kept for the test part."""
+TAB_HEADER = 3
+"""Lines of names and types before the rows."""
 
 
 def convert(step: str, folder: Path) -> None:
@@ -155,10 +158,32 @@ def _questions(tasks: Iterable[dict[str, Json]]) -> Iterator[Choice]:
             )  # fmt: skip
 
 
+def _newsgroups(folder: Path) -> None:
+    """Posts as Labelled, under the set's own parts; the few without a word are left out."""
+    for part in ("train", "test"):
+        path = folder / f"{part}.tab"
+        rows = (
+            line.split("\t") for line in path.read_text("utf-8").splitlines()[TAB_HEADER:] if line.strip()
+        )
+        write_jsonl(
+            folder / f"{part}.jsonl",
+            (
+                Labelled(text.strip(), group, id=f"{part}-{number}")
+                for number, (group, text) in enumerate(rows, start=1)
+                if text.strip()
+            ),
+        )
+        path.unlink()
+
+
 STEPS: dict[str, Callable[[Path], None]] = {
     "gguf": _gguf,
     "rotten-tomatoes": _rotten_tomatoes,
     "chitchat": _chitchat,
     "refusal-labels": _refusal_labels,
     "mmlu-parallel": _mmlu_parallel,
+    "20newsgroups": _newsgroups,
+    "mnist-5k": image_conversions.mnist_5k,
+    "fashion-mnist": image_conversions.fashion_mnist,
+    "efficientnet-lite0": image_conversions.efficientnet_lite0,
 }

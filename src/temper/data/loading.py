@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -9,13 +10,14 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from temper.core.errors import ConfigError, DataError, NeedsError, StoreError, nearest
-from temper.core.spec import DataSpec, parse_data
+from temper.core.spec import DATA_SUFFIXES, DataSpec, parse_data
+from temper.core.types import Json
 from temper.data.columns import check_schema, from_row, infer_schema
-from temper.data.readers import NumberedRow, read_rows, rows_of
+from temper.data.readers import NumberedRow, image_parts, read_rows, rows_of
 from temper.data.schemas import Data, Record, to_row
 
 __all__ = ["builtin_names", "load_data", "write_jsonl"]
@@ -34,7 +36,8 @@ def load_data(
 ) -> Data:
     """The data that a spec names, checked row by row.
 
-    spec     "FILE" gives one part, "train"; a mapping names the parts; `builtin:NAME`, `asset:NAME` and
+    spec     "FILE" gives one part, "train"; "FOLDER/" a part for each file of rows in it, or of images, see
+             `readers.image_parts`; a mapping names the parts; `builtin:NAME`, `asset:NAME` and
              `hub:owner/name` give all their parts, `:PART` at the end one. Where `schemas` wants one part
              and it is missing, the only part, or "train", takes its name
     schemas  one schema for all parts, or part -> schema, a part ending in "?" may be missing; what is
@@ -92,6 +95,8 @@ def _open(spec: DataSpec) -> dict[str, Rows]:
     """Part -> its rows, not read yet."""
     if spec.kind == "file":
         return {Data.default_part: read_rows(Path(spec.name))}
+    if spec.kind == "folder":
+        return _folder(Path(spec.name).expanduser())
     if spec.kind == "builtin":
         return _choose(_folder_parts(_builtin(spec.name)), spec)
     if spec.kind == "asset":
@@ -103,7 +108,7 @@ def _open(spec: DataSpec) -> dict[str, Rows]:
     raise ConfigError(
         f"{spec.name!r} is neither a file nor an earlier step",
         cure="Use builtin:NAME, asset:NAME, hub:owner/name or a .jsonl, .json, .csv or .parquet file; "
-        "a step's id works only inside a recipe, after that step.",
+        "a step's id works only inside a recipe, after that step; a folder ends in /.",
     )
 
 
@@ -147,6 +152,19 @@ def _folder_parts(folder: Path) -> dict[str, Rows]:
     return {path.stem: read_rows(path) for path in sorted(folder.glob("*.jsonl"))}
 
 
+def _folder(folder: Path) -> dict[str, Rows]:
+    """A user's folder: its files of rows, or images in a folder for each class."""
+    if not folder.is_dir():
+        raise DataError("There is no such folder", where=str(folder), cure="Check the path.")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES)
+    twice = [path for path, other in pairwise(files) if path.stem == other.stem]
+    if twice:
+        raise DataError(
+            f"Two files are the part {twice[0].stem!r}", where=str(folder), cure="Rename one of them."
+        )
+    return {path.stem: read_rows(path) for path in files} or image_parts(folder, SPLITS)
+
+
 def _choose(found: dict[str, Rows], spec: DataSpec) -> dict[str, Rows]:
     """All parts, or the one that the spec's last field names."""
     if not found:
@@ -180,8 +198,16 @@ def _hub(spec: DataSpec) -> dict[str, Rows]:
             cure="Check the name, config and split, the network, and HF_HUB_OFFLINE.",
         ) from error
     if split:
-        return {split.partition("[")[0]: rows_of(iter(loaded), str(spec))}
-    return {str(name): rows_of(iter(rows), f"{spec}:{name}") for name, rows in loaded.items()}
+        return {split.partition("[")[0]: rows_of(iter(_undecoded(loaded)), str(spec))}
+    return {str(name): rows_of(iter(_undecoded(rows)), f"{spec}:{name}") for name, rows in loaded.items()}
+
+
+def _undecoded(rows: Json) -> Json:
+    """The split with images as the bytes that it stores, not as pictures opened one by one."""
+    for column, feature in (getattr(rows, "features", None) or {}).items():
+        if type(feature).__name__ == "Image":
+            rows = rows.cast_column(column, dataclasses.replace(feature, decode=False))
+    return rows
 
 
 @contextmanager

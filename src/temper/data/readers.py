@@ -1,10 +1,11 @@
-"""JSON lines, JSON, CSV and Parquet files as numbered rows, read once, one row at a time."""
+"""JSON lines, JSON, CSV and Parquet files, and folders of images, as numbered rows, read once, one row at a time."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from temper.core.errors import DataError, NeedsError
 from temper.core.types import Json
 from temper.data.columns import Place
 
-__all__ = ["LINE_LIMIT", "NumberedRow", "read_rows", "rows_of"]
+__all__ = ["LINE_LIMIT", "NumberedRow", "image_parts", "read_rows", "rows_of"]
 
 LINE_LIMIT = 64 * 2**20
 """Bytes of the longest line; a longer one is not JSON lines or CSV."""
@@ -20,6 +21,9 @@ LINE_LIMIT = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
 LIST_CELLS = ("messages", "conversations", "choices", "negatives", "tools", "turns")
 CHAT_CELLS = ("prompt", "completion", "chosen", "rejected")
+IMAGE_SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 FLAG_CELLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
 
@@ -195,3 +199,51 @@ def rows_of(values: Iterator[Mapping[str, Json]], source: str) -> Iterator[Numbe
     """Rows that are already in memory, numbered from 1."""
     for number, row in enumerate(values, start=1):
         yield NumberedRow(row, Place(source, number))
+
+
+def image_parts(folder: Path, splits: Collection[str]) -> dict[str, Iterator[NumberedRow]]:
+    """The images of FOLDER/CLASS/FILE as part "train", or of FOLDER/SPLIT/CLASS/FILE as a part for each split.
+
+    A row has an image and its class's folder name as label, and `class_index`, the place of that name among all
+    classes in the order of names. Rows take one image of each class in turn, so their beginning holds every class.
+    Raises DataError where no image stands in a folder of its own class.
+    """
+    below = _folders(folder)
+    parts = {path.name: path for path in below} if below and {p.name for p in below} <= set(splits) else {}
+    found = {name: _images_by_class(path) for name, path in (parts or {"train": folder}).items()}
+    names = sorted({name for classes in found.values() for name in classes})
+    for part, classes in found.items():
+        if not classes:
+            raise DataError(
+                "The folder holds neither files of rows nor images by class",
+                where=str(parts.get(part, folder)),
+                cure="Put images as FOLDER/CLASS/IMAGE.png, train/ and test/ above the classes if you like.",
+            )
+    return {part: _image_rows(classes, names) for part, classes in found.items()}
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images_by_class(folder: Path) -> dict[str, list[Path]]:
+    found = {
+        path.name: [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+        for path in _folders(folder)
+    }
+    return {name: sorted(images) for name, images in found.items() if images}
+
+
+def _image_rows(classes: Mapping[str, list[Path]], names: list[str]) -> Iterator[NumberedRow]:
+    turns = zip_longest(*classes.values())
+    shown = (
+        (name, path) for turn in turns for name, path in zip(classes, turn, strict=True) if path is not None
+    )
+    for number, (name, path) in enumerate(shown, start=1):
+        row = {
+            "id": f"{name}/{path.name}",
+            "image": path.name,
+            "label": name,
+            "class_index": names.index(name),
+        }
+        yield NumberedRow(row, Place(str(path.parent), number, "image", path.parent))

@@ -93,12 +93,17 @@ class ImageClassifier(LocalSystem):
         return Examples(self.pixels(pictures), self.class_ids(records))
 
     def class_ids(self, records: Sequence[Labelled]) -> Tensor:
-        """Index of each record's class, (B,) int64: a whole number is an index, a text the name of a class."""
+        """Index of each record's class, (B,) int64: a whole number is an index, a text the name of a class.
+
+        Where classes are but numbers, as of a fresh network, a name's `class_index` in an image folder counts.
+        """
         index = {name: number for number, name in enumerate(self.classes)}
+        is_numbered = all(name == str(number) for name, number in index.items())
         found = []
         for record in records:
             label = record.label
-            number = index.get(label, -1) if isinstance(label, str) else label
+            place = record.extra.get("class_index", -1) if is_numbered else -1
+            number = index.get(label, place) if isinstance(label, str) else label
             if not 0 <= number < len(self.classes):
                 raise DataError(
                     f"{label!r} is none of the {len(self.classes)} classes of {self.spec or self.kind}",
