@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from temper.core.errors import StoreError
 from temper.core.types import Json
 from temper.store.atomic import canonical, disk_errors
 
-__all__ = ["State", "clear", "load", "pack_optimizer", "save", "unpack_optimizer"]
+__all__ = ["State", "clear", "kept_buffers", "load", "pack_optimizer", "save", "unpack_optimizer"]
 
 log = logging.getLogger(__name__)
 TENSORS, FACTS = "state.safetensors", "state.json"
@@ -119,6 +119,12 @@ def clear(folder: Path) -> None:
     with disk_errors("remove old checkpoints", folder):
         for path in [*_steps(folder), *folder.glob(".step-*")]:
             shutil.rmtree(path)
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a saved model, e.g. batch norm's running statistics, which move in training."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Json]:

@@ -247,6 +247,9 @@ class Loop(Generic[Item]):
         if self.procs.is_first:
             moments, facts = checkpoint.pack_optimizer(self.optimizer)
             weights = {f"parameter/{index}": p.data for index, p in enumerate(self.parameters)}
+            weights |= {
+                f"buffer/{name}": value for name, value in checkpoint.kept_buffers(self.model).items()
+            }
             body = {"identity": self._identity(), "optimizer": facts, "log": dataclasses.asdict(self.log)}
             checkpoint.save(self.run.checkpoint, checkpoint.State(done, {**weights, **moments}, body))
         self.procs.wait()
@@ -268,6 +271,8 @@ class Loop(Generic[Item]):
         with torch.no_grad():
             for index, parameter in enumerate(self.parameters):
                 parameter.copy_(state.tensors[f"parameter/{index}"])
+            for name, buffer in checkpoint.kept_buffers(self.model).items():
+                buffer.copy_(state.tensors.get(f"buffer/{name}", buffer))
         checkpoint.unpack_optimizer(self.optimizer, state.tensors, state.facts["optimizer"])
         self.log = TrainLog(**state.facts["log"])
         return self.plan.num_steps if self.log.stopped_early else state.step
