@@ -177,6 +177,9 @@ def test_the_real_model_says_paris():
     [
         ("rotten-tomatoes", {"test": 2429, "train": 10379}),
         ("chitchat", {"train": 4017}),
+        ("20newsgroups", {"test": 7528, "train": 11293}),
+        ("mnist-5k", {"test": 1000, "train": 4000}),
+        ("fashion-mnist", {"test": 10_000, "train": 60_000}),
         ("refusal-labels", {"extra": 64, "test": 105}),
         ("mmlu-parallel", dict.fromkeys(("de", "es", "fr", "hi", "it", "pt", "th"), 285)),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -192,7 +192,7 @@ class ImageClassifier(LocalSystem):
         return {
             "classify": classify,
             "grads": tried(lambda: _gives_gradients(self, pixels_BCHW)),
-            "hidden": tried(lambda: _without_errors(lambda: self.features(pixels_BCHW))),
+            "hidden": tried(lambda: _gives_features(self, pixels_BCHW)),
             "see": classify and self.shape[0] in (1, 3),
         }
 
@@ -294,9 +294,12 @@ def _gives_gradients(system: ImageClassifier, pixels_BCHW: Tensor) -> bool:
     return bool(grad_BCHW.isfinite().all()) and bool(grad_BCHW.any())
 
 
-def _without_errors(attempt: Callable[[], Tensor]) -> bool:
-    with torch.no_grad():
-        return bool(attempt().isfinite().all())
+@torch.no_grad()
+def _gives_features(system: ImageClassifier, pixels_BCHW: Tensor) -> bool:
+    try:
+        return bool(system.features(pixels_BCHW).isfinite().all())
+    except ModelError:
+        return False
 
 
 def load_image_classifier(name: str, wanted: Wanted) -> ImageClassifier:
