@@ -26,7 +26,7 @@ from temper.ops.bounds import (
     rectify_box,
 )
 
-__all__ = ["BoundedNetwork", "Bounds"]
+__all__ = ["ACTIVATIONS", "AFFINE", "SUMS", "BoundedNetwork", "Bounds"]
 
 AFFINE = (nn.Linear, nn.Conv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -37,6 +37,7 @@ RISING = (
     "sigmoid", "tanh",
 )  # fmt: skip
 """Activations that never fall; those with a slope are checked for its sign."""
+ACTIVATIONS = (*RECTIFIERS, *RISING)
 POOLING = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d)
 AVERAGING = (
     nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d, torch.flatten, F.avg_pool2d, F.adaptive_avg_pool2d,
@@ -53,7 +54,7 @@ ARITHMETIC = (*SUMS, *DIFFERENCES, *PRODUCTS, *QUOTIENTS)
 JOINS = (torch.cat, torch.concat)
 SHAPES = ("size", getattr, operator.getitem)
 """What a network may read of its values' shapes."""
-RULES = (*AFFINE, *NORMS, *RECTIFIERS, *RISING, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
+RULES = (*AFFINE, *NORMS, *ACTIVATIONS, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 

@@ -1,0 +1,3 @@
+"""Tiny pictures in four classes (see README.md)."""
+
+__all__: list[str] = []

@@ -1,0 +1,1 @@
+"""Provable robustness of classifiers."""
