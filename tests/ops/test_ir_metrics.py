@@ -34,6 +34,8 @@ def test_the_order_given_is_the_order_scored():
 def test_bad_input_is_named():
     with pytest.raises(ConfigError, match="no ranking metric 'MRP@10'"):
         ir_values(QRELS, RANKED, ["MRP@10"])
+    with pytest.raises(ConfigError, match="no ranking metric 'MRR@x'"):
+        ir_values(QRELS, RANKED, ["MRR@x"])
     with pytest.raises(DataError, match="holds a document twice"):
         ir_values(QRELS, {"1": ["a", "a"]}, ["MAP"])
     with pytest.raises(DataError, match="No query has a judgement"):

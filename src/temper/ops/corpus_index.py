@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CorpusIndex", "check_rows", "index_corpus", "load_index", "save_index", "search_texts"]
 
+log = logging.getLogger(__name__)
 FACTS, VECTORS = "index.json", "vectors.safetensors"
 TOLERANCE = 0.05
 """Distance, by the vector's length, that the same text's vector may move between two precisions."""
@@ -76,6 +78,7 @@ def index_corpus(system: Encoder, texts: Sequence[str], run: Run, *, prompt: str
     vectors_MD = torch.from_numpy(stored["vectors"]) if stored else embed(system, texts, run, prompt=prompt)
     if stored is None:
         cache.put(key, {"vectors": vectors_MD.numpy()})
+    log.info("an index of %d documents, %.1f MB", len(vectors_MD), 4 * vectors_MD.numel() / 1e6)
     index = CorpusIndex(build_index(vectors_MD, run), encoder, hashed)
     check_rows(index, system, texts, run, prompt=prompt)
     return index
@@ -99,9 +102,11 @@ def check_rows(
             )
 
 
-def search_texts(system: Encoder, queries: Sequence[str], index: CorpusIndex, k: int, run: Run) -> Found:
-    """The k nearest documents of each query, embedded by the system's query side."""
-    return search(embed(system.for_queries, queries, run), index.dense, k, run)
+def search_texts(
+    system: Encoder, queries: Sequence[str], index: CorpusIndex, k: int, run: Run, *, prompt: str = ""
+) -> Found:
+    """The k documents of the largest inner product for each query, embedded by the system's query side."""
+    return search(embed(system.for_queries, queries, run, prompt=prompt), index.dense, k, run)
 
 
 def save_index(index: CorpusIndex, folder: Path | str) -> None:

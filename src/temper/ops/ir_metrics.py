@@ -48,8 +48,10 @@ def _scores(ranked: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
 def _parsed(library, name: str):  # type: ignore[no-untyped-def]
     head, at, cutoff = name.partition("@")
     try:
-        return library.parse_measure(NAMES.get(head, head) + at + cutoff)
-    except (NameError, SyntaxError, ValueError, TypeError):
+        measure = library.parse_measure(NAMES.get(head, head) + at + cutoff)
+        measure.validate_params()
+    except (NameError, SyntaxError, ValueError, TypeError, AssertionError):
         raise ConfigError(
             f"There is no ranking metric {name!r}", cure="Write e.g. MRR@10, nDCG@10, R@100 or MAP."
         ) from None
+    return measure

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.row_attention import ROWS
-from temper.systems.sentence_layout import Layout
+from temper.systems.sentence_layout import Layout, write_layout
 
 __all__ = ["Encoder"]
 
@@ -75,6 +76,14 @@ class Encoder(LocalSystem):
             fingerprint=self.fingerprint + mark,
             documents=self.documents and self.documents + mark,
         )
+
+    def save(self, folder: Path) -> None:
+        """Write it as sentence-transformers reads it; with a query model as two, `documents` and `queries`."""
+        if self.query_model is None:
+            write_layout(self.model, self.tokenizer, self.layout, folder)
+            return
+        write_layout(self.model, self.tokenizer, self.layout, folder / "documents")
+        write_layout(self.query_model, self.tokenizer, self.layout, folder / "queries")
 
     def try_capabilities(self) -> dict[str, bool]:
         """A forward pass over three tokens for each.

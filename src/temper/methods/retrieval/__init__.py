@@ -1,0 +1,1 @@
+"""Retrievers, rankers and retrieval-augmented answers."""

@@ -1,0 +1,426 @@
+"""STAR and ADORE by hand, every departure, what is bad input, and the result in sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import temper
+from temper.artefacts import Adapter, Weights, load_artefact
+from temper.core import config as core_config
+from temper.core.errors import ConfigError, DataError, ModelError
+from temper.core.types import Row, Run
+from temper.data.retrieval import corpus_of, questions_of
+from temper.data.schemas import Data, Ranking, Text
+from temper.methods.retrieval.star_adore.card import STAGES, Config
+from temper.methods.retrieval.star_adore.losses import lambda_rank_loss, rank_values
+from temper.methods.retrieval.star_adore.method import fit, measure, prepare
+from temper.methods.retrieval.star_adore.training import (
+    AdoreObjective,
+    Asked,
+    Query,
+    hard_negatives,
+    live_lists,
+    ranked_lists,
+    reset_last_layers,
+    scale_of,
+    star_items,
+    train_settings,
+)
+from temper.ops.contrast import ContrastObjective, pairwise_loss
+from temper.ops.corpus_index import index_corpus
+from temper.ops.embed import embed, vectors
+from temper.ops.objectives import SumCount
+from temper.systems.loading import load_base
+from temper.systems.sentence_layout import Layout
+
+PAIRS = [
+    ("the fox", "a fox went to read in the valley"),
+    ("the old mill", "the mill stood beside the stream"),
+    ("one and one", "two"),
+    ("a story", "please write a short story about a lighthouse"),
+    ("the weather", "tell me about the weather in the valley"),
+    ("the letter", "who wrote the letter ?"),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def system() -> Any:
+    return load_base("tiny:bert")
+
+
+def pairs(part: str = "train", num: int = 6) -> Data:
+    rows = [Ranking(query, text, id=f"q{n}") for n, (query, text) in enumerate(PAIRS[:num])]
+    return Data({part: rows})
+
+
+def quick(**changes: Any) -> Config:
+    settings = {
+        "batch_rows": 4, "max_steps": 3, "warmup_steps": 0, "lr": 1e-2, "num_hard": 3, "top_k": 4,
+        "query_tokens": 12, "document_tokens": 24,
+    }  # fmt: skip
+    return Config(**{**settings, **changes})
+
+
+def items_of(system: Any, config: Config, *, epoch: int = 0) -> list[Any]:
+    corpus = corpus_of(pairs())
+    questions = questions_of(pairs().records("train", Ranking), corpus)
+    return star_items(prepare(system, questions, corpus, config, Run()), config, 0, epoch)
+
+
+# ---- the maths
+
+
+def star(query_BD: Any, positive_BD: Any, hard_BD: Any, counts_BK: Any) -> float:
+    scores_BK = query_BD @ torch.cat([positive_BD, hard_BD]).T
+    found = pairwise_loss(scores_BK, torch.arange(len(query_BD)), counts_BK)
+    return float(found.total / found.count)
+
+
+def test_star_by_hand() -> None:
+    eye = torch.eye(2)
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    by_hand = (
+        2 * math.log(1 + math.exp(-1)) + 2 * math.log(1 + math.exp(-0.5)) + 2 * math.log(1 + math.exp(-1))
+    ) / 6
+    assert star(eye, eye, 0.5 * eye, everything) == pytest.approx(by_hand)
+    assert by_hand == pytest.approx(0.366867, abs=1e-6)
+
+
+def test_a_false_negative_in_the_batch_changes_nothing(system: Any) -> None:
+    """Query 0 knows document 1, which is query 1's positive and query 0's own hard negative's neighbour."""
+    ids = system.ids([text for pair in PAIRS for text in pair])
+    asked = Asked(ids[0::2][:2], ids[1::2], [(0, 1), (1,)], [[2], [2]])
+
+    def gradient(**masked: Any) -> Any:
+        items = [
+            item._replace(candidates=(item.candidates[0],), names=(item.names[0],))
+            for item in star_items(asked, Config(), 3, 0)
+        ]
+        items[0] = items[0]._replace(candidates=(asked.documents[0],), names=("0",), **masked)
+        objective = ContrastObjective(system, cosine=False, loss=pairwise_loss, per="pair")
+        loss = objective(system.model, items)["contrast"]
+        return objective.counts(items), loss
+
+    counts, loss = gradient()
+    assert counts == {"contrast": 1.0}, "of the two pairs of two queries one is masked"
+    more_counts, more = gradient(relevant=frozenset({"0"}))
+    assert more_counts == {"contrast": 2.0}
+    assert more.total > loss.total
+
+
+@pytest.mark.parametrize(("relevant", "cut", "value"), [([0, 1, 0], 200, 0.354421), ([0, 0, 1], 2, 1.391779)])
+def test_adore_by_hand(relevant: list[int], cut: int, value: float) -> None:
+    scores_BM = torch.tensor([[3.0, 2.0, 1.0]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    found = lambda_rank_loss(scores_BM, torch.tensor([relevant]).bool(), everything, cut)
+    assert found.item() == pytest.approx(value, abs=1e-6)
+
+
+def test_departure_3_pairs_once_is_pairs_twice_over_2n() -> None:
+    torch.manual_seed(0)
+    scores, relevant = torch.randn(7), torch.tensor([0, 1, 0, 0, 1, 0, 0]).bool()
+    value = rank_values(7, 5)
+    total = 0.0
+    for i in range(7):
+        for j in range(7):
+            if relevant[i] != relevant[j]:
+                better, worse = (i, j) if relevant[i] else (j, i)
+                total += float((value[i] - value[j]).abs()) * math.log(
+                    1 + math.exp(float(scores[worse] - scores[better]))
+                )
+    expected = total / (2 * 2 * 5)
+    found = lambda_rank_loss(scores[None], relevant[None], torch.ones(1, 7, dtype=torch.bool), 5)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_departure_2_the_cut_is_top_k_and_a_cut_of_nothing_is_zero() -> None:
+    assert rank_values(4, 2).tolist() == [1, 0.5, 0, 0]
+    scores, everything = torch.randn(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    relevant = torch.tensor([[False, True, False]])
+    assert lambda_rank_loss(scores, relevant, everything, 0).item() == 0, "what the released default does"
+    assert Config().metric_cut == 0
+    # With a cut of 2 a relevant document behind both has a = 0: the weight is 1/r of the other.
+    late = lambda_rank_loss(torch.zeros(1, 3), torch.tensor([[False, False, True]]), everything, 2)
+    assert late.item() == pytest.approx((1 + 0.5) * math.log(2) / 2)
+
+
+def test_padding_and_other_queries_change_nothing() -> None:
+    lists = [[3, 1, 2], [0, 4], [5, 6, 7, 8]]
+    known = [(1,), (4,), (7, 8)]
+    place_BM, relevant_BM, real_BM = ranked_lists(lists, known)
+    assert real_BM.sum(1).tolist() == [3, 2, 4]
+    scores_BM = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    together = lambda_rank_loss(scores_BM, relevant_BM, real_BM, 4)
+    for row, length in enumerate([3, 2, 4]):
+        alone = lambda_rank_loss(
+            scores_BM[row : row + 1, :length],
+            relevant_BM[row : row + 1, :length],
+            real_BM[row : row + 1, :length],
+            4,
+        )
+        assert together[row].item() == pytest.approx(alone.item(), rel=1e-5)
+    assert place_BM[1].tolist() == [0, 4, 0, 0]
+    assert relevant_BM[1].tolist() == [False, True, False, False]
+
+
+def test_relevant_documents_follow_where_none_was_found() -> None:
+    found_BK = torch.tensor([[4, 2], [1, 3]])
+    assert live_lists(found_BK, [(0, 5), (3, 9)]) == [[4, 2, 0, 5], [1, 3]]
+
+
+def test_adore_searches_what_the_query_is_now(system: Any) -> None:
+    texts = [text for _, text in PAIRS]
+    index = index_corpus(system, texts, Run())
+    items = [Query(ids, (place,)) for place, ids in enumerate(system.ids([query for query, _ in PAIRS]))]
+    objective = AdoreObjective(system, index, 3, 3, 1.0, Run())
+    assert objective.counts(items) == {"lambda_rank": 6.0}
+    whole = objective(system.model, items)["lambda_rank"]
+    parts = [objective(system.model, [item])["lambda_rank"] for item in items]
+    assert whole.total.item() == pytest.approx(sum(part.total.item() for part in parts), rel=1e-5)
+    with torch.no_grad():
+        query_BD = vectors(system, [item.ids for item in items])
+    order = (query_BD @ index.vectors_MD.T).argsort(1, descending=True)[:, :3].tolist()
+    expected = 0.0
+    for number, row in enumerate(order):
+        places = row if number in row else [*row, number]
+        scores = (query_BD[number] @ index.vectors_MD[places].T)[None]
+        relevant = torch.tensor([[place == number for place in places]])
+        expected += lambda_rank_loss(scores, relevant, torch.ones_like(relevant), 3).item()
+    assert whole.total.item() == pytest.approx(expected, rel=1e-4)
+    assert isinstance(whole, SumCount)
+    assert whole.total.requires_grad
+    assert not index.vectors_MD.requires_grad
+
+
+# ---- what a step sees
+
+
+def test_departure_5_negatives_by_name(system: Any) -> None:
+    corpus = corpus_of(pairs())
+    questions = questions_of(pairs().records("train", Ranking), corpus)
+    mined = hard_negatives(system, questions, corpus, quick(), Run())
+    for kind, size in (("star", 2), ("random", 2), ("hard", 2), ("in-batch", 1)):
+        items = items_of(system, quick(negatives=kind))
+        assert [len(item.candidates) for item in items] == [size] * 6
+        for number, item in enumerate(items):
+            assert item.names[0] == str(number)
+            assert item.names[0] not in item.names[1:]
+            if kind in ("star", "hard"):
+                assert int(item.names[1]) in mined[number]
+    assert items_of(system, quick()) == items_of(system, quick())
+    assert items_of(system, quick(), epoch=1) != items_of(system, quick())
+
+
+def test_departure_4_enough_are_searched(system: Any) -> None:
+    rows = [Ranking("q", text, id=str(n)) for n, (_, text) in enumerate(PAIRS[:4])]
+    data = Data(
+        {"train": rows, "corpus": [Text(text, id=text) for _, text in PAIRS] + [Text(PAIRS[0][1], id="twin")]}
+    )
+    corpus = corpus_of(data)
+    (question,) = questions_of(rows, corpus)
+    assert len(question.relevant) == 5, "the twin of a relevant document is relevant"
+    (hard,) = hard_negatives(system, [question], corpus, quick(num_hard=2), Run())
+    assert sorted(corpus.texts[place] for place in hard) == sorted(text for _, text in PAIRS[4:])
+
+
+@pytest.mark.parametrize("kind", ["dense", "bm25"])
+def test_own_negatives_come_first_and_positives_never(system: Any, kind: str) -> None:
+    rows = [
+        Ranking(query, text, (PAIRS[(n + 1) % 6][1], text), id=str(n))
+        for n, (query, text) in enumerate(PAIRS)
+    ]
+    corpus = corpus_of(Data({"train": rows}))
+    hard = hard_negatives(system, questions_of(rows, corpus), corpus, quick(mine_with=kind), Run())
+    for number, places in enumerate(hard):
+        assert places[0] == (number + 1) % 6
+        assert number not in places
+        assert len(places) == len(set(places)) == 3
+
+
+def test_a_filter_drops_what_it_rates_like_the_relevant(system: Any) -> None:
+    corpus = corpus_of(pairs())
+    questions = questions_of(pairs().records("train", Ranking), corpus)
+    loose = hard_negatives(system, questions, corpus, quick(filter_by="tiny:bert", filter_margin=-9.0), Run())
+    assert loose == hard_negatives(system, questions, corpus, quick(), Run())
+    strict = hard_negatives(system, questions, corpus, quick(filter_by="tiny:bert", filter_margin=9.0), Run())
+    assert strict == [[]] * 6
+    with pytest.raises(DataError, match="0 queries are left"):
+        fit(system, pairs(), quick(negatives="hard", filter_by="tiny:bert", filter_margin=9.0), Run())
+    with pytest.raises(DataError, match="is no encoder"):
+        hard_negatives(system, questions, corpus, quick(filter_by="tiny:llama"), Run())
+
+
+def test_departure_1_scale_follows_the_encoder(system: Any) -> None:
+    assert scale_of(system, Config()) == 1
+    unit = system.with_(layout=Layout(steps=("normalize",)))
+    assert scale_of(unit, Config()) == 20
+    assert scale_of(unit, Config(scale=3.0)) == 3
+
+
+def test_the_papers_settings_stand_where_none_is_given() -> None:
+    star_settings = train_settings(1000, Config())
+    assert (star_settings.lr, star_settings.batch_rows, star_settings.max_steps) == (1e-4, 256, 50_000)
+    assert star_settings.warmup_ratio == pytest.approx(1000 / 50_000)
+    adore = train_settings(3200, Config(stage="adore"))
+    assert (adore.lr, adore.batch_rows, adore.max_steps, adore.clip_norm) == (5e-6, 32, 600, 1.0)
+    assert adore.warmup_ratio == 1, "the paper's 2000 steps are more than these"
+    assert STAGES["star"].optimizer == "lamb"
+
+
+def test_departure_7_last_layers_are_drawn_anew(system: Any) -> None:
+    before = {name: value.clone() for name, value in system.model.state_dict().items()}
+    reset_last_layers(system.model, 1, 0)
+    changed = {
+        name for name, value in system.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed
+    assert all(name.startswith("encoder.layer.1.") for name in changed)
+    with pytest.raises(DataError, match="the encoder has 2 layers"):
+        reset_last_layers(system.model, 3, 0)
+
+
+# ---- fit and measure
+
+
+def mean_loss(system: Any, config: Config) -> float:
+    objective = ContrastObjective(
+        system, cosine=False, loss=partial(pairwise_loss, scale=scale_of(system, config)), per="pair"
+    )
+    items = items_of(load_base("tiny:bert"), config)
+    with torch.no_grad():
+        found = objective(system.model, items)["contrast"]
+    return float(found.total / found.count)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mode": "lora"}, {"loss": "softmax", "optimizer": "adamw"}])
+def test_star_learns_and_leaves_the_base_alone(system: Any, changes: dict[str, Any]) -> None:
+    config = quick(max_steps=12, **changes)
+    calm = {name: value.clone() for name, value in system.model.state_dict().items()}
+    artefact = fit(system, pairs(), config, Run())
+    assert isinstance(artefact, Adapter if config.mode == "lora" else Weights)
+    assert all(torch.equal(value, calm[name]) for name, value in system.model.state_dict().items())
+    start = mean_loss(system, config)
+    with artefact.apply(system) as trained:
+        assert mean_loss(trained, config) < start
+        assert trained.query_model is None
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_adore_moves_queries_and_no_document(system: Any, mode: str, tmp_path: Path) -> None:
+    texts = [text for pair in PAIRS for text in pair]
+    calm = embed(system, texts, Run())
+    config = quick(stage="adore", mode=mode, index=str(tmp_path / "index"))
+    artefact = fit(system, pairs(), config, Run())
+    assert isinstance(artefact, Weights)
+    assert artefact.side == "query"
+    artefact.save(tmp_path / "saved")
+    with load_artefact(tmp_path / "saved").apply(system) as both:
+        assert torch.equal(embed(both, texts, Run()), calm)
+        assert not torch.allclose(embed(both.for_queries, texts, Run()), calm, atol=1e-4)
+        with pytest.raises(ConfigError, match="has a query model already"):
+            fit(both, pairs(), quick(), Run())
+    again = fit(system, pairs(), config, Run())
+    assert again.fingerprint == artefact.fingerprint, "from the kept index"
+    with pytest.raises(ModelError, match="made by document encoder"):
+        fit(load_base("tiny:bert:1"), pairs(), config, Run())
+    with pytest.raises(DataError, match="from other documents"):
+        fit(system, pairs(num=5), config, Run())
+
+
+def test_adore_raises_the_relevant_document(system: Any) -> None:
+    config = quick(stage="adore", lr=3e-3, max_steps=40, dropout=False)
+    before = values(measure(system, pairs("test"), config, Run()), "MRR@10")
+    with fit(system, pairs(), config, Run()).apply(system) as both:
+        after = values(measure(both, pairs("test"), config, Run()), "MRR@10")
+    assert after[None] > before[None]
+
+
+def values(rows: Any, metric: str) -> dict[Any, float]:
+    found: list[Row] = [row for row in rows if row.metric == metric]
+    return {row.item: row.value for row in found if row.value is not None}
+
+
+def test_measures_by_query_and_files(system: Any, tmp_path: Path) -> None:
+    run = Run(folder=tmp_path)
+    rows = list(measure(system, pairs("test"), quick(engine="bm25", depth=2, export=True), run))
+    found = values(rows, "MRR@10")
+    assert list(found) == [None, "q0", "q1", "q2", "q3", "q4", "q5"]
+    assert found[None] == pytest.approx(sum(found[f"q{n}"] for n in range(6)) / 6)
+    assert found["q1"] == 1, "a word that stands in its document alone"
+    lines = (tmp_path / "ranking.trec").read_text().splitlines()
+    assert len(lines) == 12
+    assert lines[2].startswith("q1 Q0 document-1 1 ")
+    curve = json.loads((tmp_path / "figures.json").read_text())["curves"]["Precision against recall"]
+    assert len(curve["lines"]["bm25"]["y"]) == 11
+
+
+@pytest.mark.parametrize("stage", ["star", "adore"])
+def test_sentence_transformers_reads_the_result(system: Any, stage: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    texts = [text for pair in PAIRS for text in pair]
+    with fit(system, pairs(), quick(stage=stage), Run()).apply(system) as trained:
+        list(measure(trained, pairs("test"), quick(export=True), Run(folder=tmp_path)))
+        sides = {"": trained} if stage == "star" else {"documents": trained, "queries": trained.for_queries}
+        for folder, side in sides.items():
+            theirs = library.SentenceTransformer(str(tmp_path / "encoder" / folder), device="cpu")
+            found = torch.as_tensor(theirs.encode(texts))
+            torch.testing.assert_close(found, embed(side, texts, Run()), atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_of_an_encoder_is_one_for_peft(system: Any, tmp_path: Path) -> None:
+    artefact = fit(system, pairs(), quick(mode="lora"), Run())
+    artefact.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+
+
+# ---- bad input, and a user's own files
+
+
+def test_a_users_own_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"query": query, "positive": text, "negatives": ["something else"]} for query, text in PAIRS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"batch_rows": 4, "max_steps": 2, "warmup_steps": 0, "lr": 1e-3}
+    artefact = temper.fit("star-adore", "tiny:roberta", str(path), **settings)
+    assert artefact.method == "star-adore"
+    found = values(temper.measure("star-adore", "tiny:roberta", str(path)), "R@100")
+    assert found[None] == 1
+    path.write_text('{"query": "no document"}\n')
+    with pytest.raises(DataError, match="positive"):
+        temper.fit("star-adore", "tiny:bert", {"train": str(path)}, **settings)
+
+
+def test_bad_input_is_named(system: Any) -> None:
+    with pytest.raises(DataError, match="1 queries are left"):
+        fit(system, pairs(num=1), quick(negatives="in-batch"), Run())
+    twice = Data({"test": [Ranking("a", "one", id="x"), Ranking("b", "two", id="x")]})
+    with pytest.raises(DataError, match="have one id"):
+        list(measure(system, twice, quick(), Run()))
+    with pytest.raises(ConfigError, match="no prompt 'query'"):
+        fit(system, pairs(), quick(query_prompt="query"), Run())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": "starr"}, "not a valid value"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"reset_layers": 2, "mode": "lora"}, "needs mode=full"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        core_config.build(Config, [("test", settings)])
