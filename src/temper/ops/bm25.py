@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from temper.core.errors import ConfigError, DataError, NeedsError
 from temper.ops.retrieve import Found
@@ -32,8 +34,20 @@ def bm25_search(
     index = bm25s.BM25(k1=k1, b=b, method="lucene")
     index.index(words, show_progress=False)
     asked = bm25s.tokenize(list(queries), stopwords="en", return_ids=False, show_progress=False)
-    zeros = torch.zeros(len(corpus))
-    rows = [torch.from_numpy(index.get_scores(row)).float() if row else zeros for row in asked]
-    scores_NM = torch.stack(rows) if rows else zeros.new_zeros(0, len(corpus))
-    best = scores_NM.sort(dim=1, descending=True, stable=True)
-    return Found(best.values[:, :k], best.indices[:, :k])
+    k, nothing = min(k, len(corpus)), torch.zeros(len(corpus))
+    best = [_best(torch.from_numpy(index.get_scores(row)).float() if row else nothing, k) for row in asked]
+    if not best:
+        return Found(torch.zeros(0, k), torch.zeros(0, k, dtype=torch.long))
+    return Found(torch.stack([row.values for row in best]), torch.stack([row.indices for row in best]))
+
+
+class _Best(NamedTuple):
+    values: Tensor
+    indices: Tensor
+
+
+def _best(score_M: Tensor, k: int) -> _Best:
+    """The k largest; of equal ones the first."""
+    place_F = (score_M >= score_M.topk(k).values[-1]).nonzero()[:, 0]
+    order = score_M[place_F].argsort(descending=True, stable=True)[:k]
+    return _Best(score_M[place_F[order]], place_F[order])

@@ -91,12 +91,13 @@ def prepare(
             f"{len(kept)} queries are left to train on: no pair of a relevant document and another",
             cure="Give more queries and documents, or take negatives=random.",
         )
-    documents = [] if config.stage == "adore" else list(corpus.texts)
+    cut = system.cut(config.document_tokens)
     return Asked(
         system.cut(config.query_tokens).ids([questions[n].text for n in kept], config.query_prompt),
-        system.cut(config.document_tokens).ids(documents, config.document_prompt),
         [tuple(questions[n].relevant) for n in kept],
         [hard[n] for n in kept],
+        len(corpus),
+        lambda places: cut.ids([corpus.texts[place] for place in places], config.document_prompt),
     )
 
 

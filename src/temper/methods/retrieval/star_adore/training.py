@@ -85,13 +85,14 @@ def train_settings(num_rows: int, config: Config) -> TrainSettings:
 
 def _train(
     tuned: Tuning,
+    num_rows: int,
     items: Callable[[int], Sequence[Any]],
     objective: Any,
     length: Any,
     config: Config,
     run: Run,
 ) -> TrainLog:
-    settings = train_settings(len(items(0)), config)
+    settings = train_settings(num_rows, config)
     build = (
         lamb
         if (config.optimizer or STAGES[config.stage].optimizer) == "lamb"
@@ -172,38 +173,42 @@ class Asked(NamedTuple):
     """Training queries as tokens, with what they are to find and the hard negatives they may draw."""
 
     queries: list[list[int]]
-    documents: list[list[int]]
     relevant: list[tuple[int, ...]]
     hard: list[list[int]]
+    num_documents: int
+    read: Callable[[Sequence[int]], list[list[int]]]
+    """Documents as tokens, by place: read when they are drawn, a large corpus never at once."""
 
 
 def star_items(asked: Asked, config: Config, seed: int, epoch: int) -> list[Contrasted]:
     """An epoch: every query with one relevant document and one negative of its own, drawn by the seed."""
-    return [
-        _contrasted(asked, number, config, random.Random(f"{seed}/star/{epoch}/{number}"))
+    drawn = [
+        _draw(asked, number, config, random.Random(f"{seed}/star/{epoch}/{number}"))
         for number in range(len(asked.queries))
+    ]
+    needed = sorted({place for places in drawn for place in places})
+    tokens = dict(zip(needed, asked.read(needed), strict=True))
+    return [
+        Contrasted(
+            query,
+            tuple(tokens[place] for place in places),
+            names=tuple(map(str, places)),
+            relevant=frozenset(map(str, known)),
+        )
+        for query, places, known in zip(asked.queries, drawn, asked.relevant, strict=True)
     ]
 
 
-def _contrasted(asked: Asked, number: int, config: Config, draw: random.Random) -> Contrasted:
+def _draw(asked: Asked, number: int, config: Config, draw: random.Random) -> list[int]:
+    """Places of a relevant document and, where the kind of negatives has one, of another."""
     known = asked.relevant[number]
     places = [draw.choice(known)]
     if config.negatives == "random":
-        places += _other(len(asked.documents), known, draw)
+        some = draw.sample(range(asked.num_documents), min(len(known) + 1, asked.num_documents))
+        places += [place for place in some if place not in known][:1]
     elif config.negatives != "in-batch" and asked.hard[number]:
         places.append(draw.choice(asked.hard[number]))
-    return Contrasted(
-        asked.queries[number],
-        tuple(asked.documents[place] for place in places),
-        names=tuple(map(str, places)),
-        relevant=frozenset(map(str, known)),
-    )
-
-
-def _other(num: int, known: Sequence[int], draw: random.Random) -> list[int]:
-    """One place out of `num` that is not known; none where all are."""
-    drawn = draw.sample(range(num), min(len(known) + 1, num))
-    return [place for place in drawn if place not in known][:1]
+    return places
 
 
 def train_star(tuned: Tuning, asked: Asked, config: Config, run: Run) -> TrainLog:
@@ -220,7 +225,7 @@ def train_star(tuned: Tuning, asked: Asked, config: Config, run: Run) -> TrainLo
         shared=config.negatives != "hard",
     )  # fmt: skip
     items = functools.partial(star_items, asked, config, run.seed)
-    return _train(tuned, items, objective, num_tokens, config, run)
+    return _train(tuned, len(asked.queries), items, objective, num_tokens, config, run)
 
 
 # ---- ADORE
@@ -295,4 +300,4 @@ def train_adore(tuned: Tuning, asked: Asked, index: CorpusIndex, config: Config,
         tuned.system, index, top_k, config.metric_cut or top_k, scale_of(tuned.system, config), run
     )  # Departure 2
     items = [Query(ids, known) for ids, known in zip(asked.queries, asked.relevant, strict=True)]
-    return _train(tuned, lambda epoch: items, objective, lambda item: len(item.ids), config, run)
+    return _train(tuned, len(items), lambda epoch: items, objective, lambda item: len(item.ids), config, run)
