@@ -8,7 +8,9 @@ import pytest
 
 from temper.core.errors import DataError
 from temper.data.retrieval import (
+    beir_rows,
     corpus_of,
+    is_beir,
     qrels_of,
     questions_of,
     read_beir,
@@ -56,6 +58,15 @@ def test_beir_folder(tmp_path, caplog):
 def test_bad_folders_are_named(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
         read_beir(beir(tmp_path, **changes))
+
+
+def test_rows_of_a_folder(tmp_path):
+    assert not is_beir(tmp_path)
+    assert is_beir(beir(tmp_path))
+    rows = beir_rows(tmp_path)
+    (first, *_) = rows["test"]
+    assert first.values["query_id"] == "q1"
+    assert len(list(rows["corpus"])) == 3
 
 
 def test_missing_files_are_named(tmp_path):

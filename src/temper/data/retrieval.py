@@ -18,15 +18,17 @@ from typing import NamedTuple
 
 from temper.core.errors import DataError
 from temper.data.columns import Place
-from temper.data.readers import read_rows
-from temper.data.schemas import Data, Ranking, Text
+from temper.data.readers import NumberedRow, read_rows, rows_of
+from temper.data.schemas import Data, Ranking, Text, to_row
 
 __all__ = [
     "Corpus",
     "Qrels",
     "Question",
     "Trec",
+    "beir_rows",
     "corpus_of",
+    "is_beir",
     "qrels_of",
     "questions_of",
     "read_beir",
@@ -150,6 +152,17 @@ def read_beir(folder: Path | str) -> Data:
         path.stem: _judged(read_qrels(path), queries, corpus, path) for path in files
     }
     return Data({"corpus": [Text(text, id=name) for name, text in corpus.items()], **parts}, str(folder))
+
+
+def is_beir(folder: Path) -> bool:
+    """Whether the folder is laid out as BEIR's are."""
+    return (folder / "corpus.jsonl").is_file() and (folder / "qrels").is_dir()
+
+
+def beir_rows(folder: Path) -> dict[str, Iterator[NumberedRow]]:
+    """The parts of `read_beir` as numbered rows, as `load_data` takes them."""
+    data = read_beir(folder)
+    return {part: rows_of(map(to_row, data[part]), f"{folder}: {part}") for part in data}
 
 
 def _texts(path: Path) -> dict[str, str]:
