@@ -57,6 +57,16 @@ def test_own_curves_with_bands():
     assert 'id="curve0-' in figure.svg
 
 
+def test_arms_share_a_picture_and_seeds_a_colour():
+    curves = {"Accuracy": {"x": "eps", "y": "share", "lines": {"verified": {"x": [0, 1], "y": [1, 0]}}}}
+    (figure,) = figures.shared_curve_figures([("full", curves), ("full", curves), ("bn", curves)])
+    assert figure.alt == "Accuracy: full, bn."
+    assert (figure.svg.count("var(--c1)"), figure.svg.count("var(--c2)")) == (3, 2)  # lines and legend
+    (alone,) = figures.shared_curve_figures([("", curves)])
+    assert alone.alt == "Accuracy: verified."
+    assert figures.shared_curve_figures([("full", {})]) == []
+
+
 def test_names_of_lines_are_text_and_never_markup_or_formulas():
     line = {"fpr": [0, 1], "tpr": [0, 1], "threshold": [None, 0.5]}
     svg = figures.roc_figure([("<b>$\\frac$ & co", line), ("y", line)]).svg

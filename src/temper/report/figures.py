@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 from temper.core.errors import NeedsError
 from temper.core.types import Attempt
 
-__all__ = ["Figure", "budget_figure", "curve_figures", "reliability_figure", "roc_figure", "threshold_figure"]
+__all__ = [
+    "Figure",
+    "budget_figure",
+    "curve_figures",
+    "reliability_figure",
+    "roc_figure",
+    "shared_curve_figures",
+    "threshold_figure",
+]
 
 # Colours stand for CSS variables of the page, so that one drawing serves light and dark.
 INK, SOFT, LINE = "#010203", "#040506", "#070809"
@@ -205,14 +213,36 @@ def reliability_figure(curves: Sequence[tuple[str, Line]], prefix: str = "reliab
 
 def curve_figures(curves: Mapping[str, Mapping[str, Any]], prefix: str = "curve") -> list[Figure]:
     """The curves a method drew up itself: `{TITLE: {"x": label, "y": label, "lines": {NAME: {"x", "y"}}}}`."""
-    return [_curve(title, curve, f"{prefix}{i}") for i, (title, curve) in enumerate(curves.items())]
+    return [
+        _curve(title, curve, list(curve["lines"].items()), f"{prefix}{i}")
+        for i, (title, curve) in enumerate(curves.items())
+    ]
 
 
-def _curve(title: str, curve: Mapping[str, Any], prefix: str) -> Figure:
+def shared_curve_figures(
+    drawn: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], prefix: str = "shared"
+) -> list[Figure]:
+    """The same of several arms in one picture a title, from pairs of an arm and its curves; a line is named by its arm.
+
+    Lines of one name (seeds of an arm) share a colour.
+    """
+    found: dict[str, tuple[Mapping[str, Any], list[tuple[str, Line]]]] = {}
+    for arm, curves in drawn:
+        for title, curve in curves.items():
+            several = len(curve["lines"]) > 1 or not arm
+            named = [
+                (" · ".join(part for part in (arm, name if several else "") if part), line)
+                for name, line in curve["lines"].items()
+            ]
+            found.setdefault(title, (curve, []))[1].extend(named)
+    return [_curve(title, *both, f"{prefix}{i}") for i, (title, both) in enumerate(found.items())]
+
+
+def _curve(title: str, curve: Mapping[str, Any], lines: Sequence[tuple[str, Line]], prefix: str) -> Figure:
     canvas = _Canvas()
-    style = _colours(list(curve["lines"]))
+    style = _colours([name for name, _ in lines])
     with canvas._style():
-        for name, line in curve["lines"].items():
+        for name, line in lines:
             colour, dash = style[name]
             canvas.axes.plot(line["x"], line["y"], color=colour, linestyle=dash, label=name)
             if "low" in line and "high" in line:
@@ -220,8 +250,7 @@ def _curve(title: str, curve: Mapping[str, Any], prefix: str) -> Figure:
                     line["x"], line["low"], line["high"], color=colour, alpha=0.18, linewidth=0
                 )
         canvas.label(str(curve.get("x", "")), str(curve.get("y", "")))
-    names = ", ".join(map(str, curve["lines"]))
-    return Figure(title, str(curve.get("caption", "")), f"{title}: {names}.", canvas.svg(prefix))
+    return Figure(title, str(curve.get("caption", "")), f"{title}: {', '.join(style)}.", canvas.svg(prefix))
 
 
 def budget_figure(attempts: Sequence[Attempt], arms: Sequence[str], prefix: str = "budget") -> Figure | None:

@@ -144,10 +144,17 @@ def _figures(view: RunView) -> list[figures.Figure]:
     budget = figures.budget_figure(view.attempts, view.attempt_arms)
     if budget:
         out.append(budget)
+    out += figures.shared_curve_figures([(step.arm, _curves(step, is_shared=True)) for step in view.steps])
     for i, step in enumerate(view.steps):
-        drawn = figures.curve_figures(step.figures.get("curves", {}), prefix=f"own{i}-")
+        drawn = figures.curve_figures(_curves(step, is_shared=False), prefix=f"own{i}-")
         out += [f._replace(title=f"{f.title} ({step.label})") for f in drawn]
     return out
+
+
+def _curves(step: CellStep, is_shared: bool) -> dict[str, Any]:
+    """Those of a step's own curves that all arms share a picture for, or the others."""
+    curves = step.figures.get("curves", {})
+    return {title: curve for title, curve in curves.items() if bool(curve.get("shared")) == is_shared}
 
 
 def _name(step: CellStep, name: str) -> str:

@@ -126,6 +126,12 @@ def _write_curve(found: report.Findings, run: Run) -> None:
             "x": list(found.curve),
             "y": [sum(verified) / len(verified) for verified in found.curve.values()],
         }
-        figure = {"x": "Radius (eps)", "y": "Share of images verified", "lines": {"verified": line}}
+        figure = {
+            "shared": True,
+            "caption": "How many test images are right for certain everywhere in a box of that radius around them.",
+            "x": "Radius (eps)",
+            "y": "Share of images verified",
+            "lines": {"verified": line},
+        }
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "figures.json").write_text(json.dumps({"curves": {"Certified accuracy": figure}}))
