@@ -25,7 +25,7 @@ from temper.core.errors import NeedsError, StoreError
 from temper.data.assets import cache_dir
 from temper.data.schemas import Ranking
 
-__all__ = ["LICENCE", "NAME", "SHARES", "docstring_pairs", "ensure_docstrings", "split_modules"]
+__all__ = ["LICENCE", "NAME", "SHARES", "Pair", "docstring_pairs", "ensure_docstrings", "split_modules"]
 
 NAME = "stdlib-docstrings"
 LICENCE = "Python Software Foundation License (docs.python.org/3/license.html)"

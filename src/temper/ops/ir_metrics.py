@@ -23,11 +23,12 @@ def ir_values(
     """
     if not qrels:
         raise DataError("No query has a judgement", cure="Give at least one query with a relevant document.")
-    import_error = NeedsError("Ranking metrics need ir-measures", cure="pip install 'temper-ml[retrieval]'")
     try:
         import ir_measures
     except ImportError:
-        raise import_error from None
+        raise NeedsError(
+            "Ranking metrics need ir-measures", cure="pip install 'temper-ml[retrieval]'"
+        ) from None
     parsed = {_parsed(ir_measures, name): name for name in metrics}
     values: dict[str, dict[str, float]] = {name: dict.fromkeys(qrels, 0.0) for name in metrics}
     for found in ir_measures.iter_calc(list(parsed), qrels, _scores(ranked)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from temper.core.errors import DataError
+from temper.core.errors import ConfigError, DataError
 from temper.core.types import Run
 from temper.data.retrieval import corpus_of, questions_of
 from temper.data.schemas import Data, Ranking, Text
@@ -254,7 +254,7 @@ def test_a_filter_drops_what_it_rates_like_the_relevant(system: Any) -> None:
     assert strict == [[]] * 6
     with pytest.raises(DataError, match="0 queries are left"):
         fit(system, pairs(), quick(negatives="hard", filter_by="tiny:bert", filter_margin=9.0), Run())
-    with pytest.raises(DataError, match="is no encoder"):
+    with pytest.raises(ConfigError, match="is no encoder"):
         hard_negatives(system, questions, corpus, quick(filter_by="tiny:llama"), Run())
 
 
@@ -283,5 +283,5 @@ def test_departure_7_last_layers_are_drawn_anew(system: Any) -> None:
     }
     assert changed
     assert all(name.startswith("encoder.layer.1.") for name in changed)
-    with pytest.raises(DataError, match="the encoder has 2 layers"):
+    with pytest.raises(ConfigError, match="the encoder has 2 layers"):
         reset_last_layers(system.model, 3, 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from temper.artefacts import Tuning
-from temper.core.errors import DataError
+from temper.core.errors import ConfigError
 from temper.core.types import Run
 from temper.data.retrieval import Corpus, Question
 from temper.methods.retrieval.star_adore.card import STAGES, Config
@@ -41,6 +41,7 @@ from temper.systems.loading import load_base
 __all__ = [
     "AdoreObjective",
     "Asked",
+    "Query",
     "hard_negatives",
     "live_lists",
     "ranked_lists",
@@ -109,11 +110,11 @@ def _train(
 
 
 def reset_last_layers(model: nn.Module, num: int, seed: int) -> None:
-    """Draw the last `num` transformer layers anew, as for pre-training (Departure 7); raises DataError for too many."""
+    """Draw the last `num` transformer layers anew, as for pre-training (Departure 7); raises ConfigError for too many."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = max(stacks, key=len, default=nn.ModuleList())
     if num > len(layers):
-        raise DataError(f"reset_layers is {num}, the encoder has {len(layers)} layers", cure="Set fewer.")
+        raise ConfigError(f"reset_layers is {num}, the encoder has {len(layers)} layers", cure="Set fewer.")
     std = float(getattr(model.config, "initializer_range", 0.02))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -165,7 +166,7 @@ def hard_negatives(
 def _encoder(name: str, run: Run) -> Encoder:
     system = load_base(name, device=run.device)
     if not isinstance(system, Encoder):
-        raise DataError(f"filter_by={name!r} is no encoder", cure="Name an encoder, or cross:FOLDER.")
+        raise ConfigError(f"filter_by={name!r} is no encoder", cure="Name an encoder, or cross:FOLDER.")
     return system
 
 
