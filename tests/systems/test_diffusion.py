@@ -237,7 +237,7 @@ def test_flow_matching_has_no_noise_levels() -> None:
 
 
 def test_a_world_that_is_not_made_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("temper.data.worlds.folders.world_folder", lambda name: tmp_path)
+    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path))
     with pytest.raises(NeedsError, match="temper fetch world:classes"):
         load_diffusion("world:classes", Wanted())
 

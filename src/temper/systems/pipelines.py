@@ -189,18 +189,11 @@ def _tiny_texts(scheduler: Any) -> Diffusion:
 
 
 def _folder(name: str) -> Path | None:
-    """The folder a name stands for, None for a hub name; raises NeedsError for a world's model that is not made yet."""
+    """The folder a name stands for, None for a hub name."""
     if name.startswith("world:"):
         from temper.data.worlds.folders import world_folder
 
-        folder = world_folder(name.removeprefix("world:"))
-        if not (folder / INDEX).is_file():
-            raise NeedsError(
-                f"{name} is not trained on this machine yet",
-                where=str(folder),
-                cure=f"Run: temper fetch {name}",
-            )
-        return folder
+        return world_folder(name.removeprefix("world:"))
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else None
 

@@ -1,0 +1,1 @@
+"""Text-to-image and class-conditional diffusion: forgetting, attack, prompts, copying."""
