@@ -11,6 +11,7 @@ from temper.ops.bounds import input_box, verified_mask
 from temper.ops.intervals import Interval, recomputed_margins
 from temper.ops.network_bounds import BoundedNetwork
 from temper.ops.perturb import pgd, untargeted
+from temper.systems.loading import load_base
 from temper.systems.networks import HEAD, build_network
 
 MEAN, STD = (0.4, 0.6), (0.2, 0.5)
@@ -90,6 +91,47 @@ def test_a_table_with_its_own_scales():
     margins = BoundedNetwork(network).bounds(inputs, labels).margins
     again = recomputed_margins(network, HEAD, Interval(inputs.box.lower, inputs.box.upper), labels)
     torch.testing.assert_close(margins.double(), again, atol=1e-5, rtol=1e-5)
+
+
+class Choosy(nn.Module):
+    """Asks for a size, and for a value, before it goes on."""
+
+    def __init__(self, asks_values=False):
+        super().__init__()
+        self.head, self.asks_values = nn.Linear(4, 3), asks_values
+
+    def forward(self, x):
+        if x.shape[1] != 4:
+            raise ValueError("4 columns")
+        if self.asks_values and x[0, 0] > 0:
+            x = x + 1
+        return self.head(torch.relu(x) if x.size(0) >= 1 else x)
+
+
+def test_branches_on_sizes_are_decided_and_those_on_values_refused():
+    box = input_box(torch.rand(2, 4), 0.1)
+    assert BoundedNetwork(Choosy(), (4,)).bounds(box).output.centre.shape == (2, 3)
+    with pytest.raises(ModelError, match="Choosy cannot be read: 4 columns"):
+        BoundedNetwork(Choosy(), (5,))
+    for network, shape in ((Choosy(), None), (Choosy(asks_values=True), (4,))):
+        with pytest.raises(ModelError, match="Choosy cannot be read"):
+            BoundedNetwork(network, shape)
+
+
+def test_a_transformers_classifier_in_training_mode_keeps_its_statistics_while_it_is_read():
+    system = load_base("tiny:resnet")
+    before = {key: value.clone() for key, value in system.model.state_dict().items()}
+    bounded = BoundedNetwork(system.model.train(), system.shape)
+    assert all(torch.equal(value, before[key]) for key, value in system.model.state_dict().items())
+    system.model.eval()
+    pixels, labels = torch.rand(3, 3, 32, 32), torch.tensor([0, 1, 3])
+    inputs = input_box(pixels, 0.001, mean=system.mean, std=system.std)
+    found = bounded.bounds(inputs, labels, clean=True)
+    torch.testing.assert_close(found.clean, system.logits(pixels))
+    again = recomputed_margins(
+        system.model, system.head, Interval(inputs.box.lower, inputs.box.upper), labels
+    )
+    torch.testing.assert_close(found.margins.double(), again, atol=1e-4, rtol=1e-4)
 
 
 class Dividing(nn.Module):

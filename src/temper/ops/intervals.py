@@ -162,5 +162,6 @@ def recomputed_margins(network: nn.Module, head: str, box: Interval, labels_B: T
         last.weight.copy_(weight_CD[label] - weight_CD)
         if bias_C is not None:
             last.bias.copy_(bias_C[label] - bias_C)
-        margins_BC[rows_B] = twin(Interval(lower[rows_B], upper[rows_B])).lower
+        found = twin(Interval(lower[rows_B], upper[rows_B]))
+        margins_BC[rows_B] = (found["logits"] if isinstance(found, dict) else found).lower
     return margins_BC

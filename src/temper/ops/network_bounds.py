@@ -8,6 +8,7 @@ the batch, a clean copy of the batch runs alongside and gives them.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from temper.ops.bounds import (
     monotone_box,
     rectify_box,
 )
+from temper.ops.network_graph import read_graph, reads_shape
 
 __all__ = ["ACTIVATIONS", "AFFINE", "SUMS", "BoundedNetwork", "Bounds"]
 
@@ -52,8 +54,6 @@ PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul")
 QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div")
 ARITHMETIC = (*SUMS, *DIFFERENCES, *PRODUCTS, *QUOTIENTS)
 JOINS = (torch.cat, torch.concat)
-SHAPES = ("size", getattr, operator.getitem)
-"""What a network may read of its values' shapes."""
 RULES = (*AFFINE, *NORMS, *ACTIVATIONS, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -74,19 +74,14 @@ class Bounds(NamedTuple):
 class BoundedNetwork:
     """A network whose output can be bounded; it shares the network's weights and reads its modes at every call."""
 
-    def __init__(self, network: nn.Module) -> None:
-        """Read the graph. Raises ModelError for one that cannot be read, and for a layer without a rule, by name."""
+    def __init__(self, network: nn.Module, shape: Sequence[int] | None = None) -> None:
+        """Read the graph; `shape` is that of an input item, for networks that ask for sizes.
+
+        Raises ModelError for a graph that cannot be read, and for a layer without a rule, by name.
+        """
         self.network = network
-        self.modules: dict[str, Any] = dict(network.named_modules(remove_duplicate=False))
-        try:
-            graph = fx.Tracer().trace(network)
-        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"The graph of {type(network).__name__} cannot be read: {error}",
-                where="torch.fx",
-                cure="Write its forward pass without branches and loops that depend on values.",
-            ) from None
-        self.nodes = [node for node in graph.nodes if node.users or node.op == "output"]
+        self.nodes, modules = read_graph(network, shape)
+        self.modules: dict[str, Any] = modules
         for node in self.nodes:
             self._require_rule(node)
 
@@ -109,7 +104,7 @@ class BoundedNetwork:
     def constant(self, node: fx.Node) -> Tensor:
         """The parameter or buffer that a node reads."""
         owner, _, name = str(node.target).rpartition(".")
-        value: Tensor = getattr(self.network.get_submodule(owner), name)
+        value: Tensor = getattr(self.modules[owner], name)
         return value
 
     def rule(self, node: fx.Node) -> Any:
@@ -131,7 +126,7 @@ class BoundedNetwork:
         return wanted
 
     def _require_rule(self, node: fx.Node) -> None:
-        if node.op in ("placeholder", "output", "get_attr") or _reads_shape(node, self.rule(node)):
+        if node.op in ("placeholder", "output", "get_attr") or reads_shape(node):
             return
         rule, module = self.rule(node), self.module(node)
         name = _name(rule)
@@ -150,12 +145,6 @@ class BoundedNetwork:
 
 def _name(rule: Any) -> str:
     return str(getattr(rule, "__name__", rule))
-
-
-def _reads_shape(node: fx.Node, rule: Any) -> bool:
-    if rule is getattr:
-        return node.args[1] == "shape"
-    return rule == "size" or (rule is operator.getitem and node.args[0].target in SHAPES)  # type: ignore[union-attr]
 
 
 def _trouble(node: fx.Node, rule: Any, module: Any) -> str:
@@ -299,7 +288,7 @@ class _Walk:
             return _combine(rule, box, others[0])
         if rule in NOTHING:
             return box
-        if rule in SHAPES:
+        if reads_shape(node):
             source = box.centre if isinstance(box, Box) else box
             return source.size(*others) if rule == "size" else rule(source, *others)
 

@@ -32,7 +32,7 @@ def fit(system: ImageClassifier, data: Data, config: Config, run: Run) -> Weight
     """First weights, then training on boxes whose eps grows; batch norm's running statistics are part of the artefact."""
     examples = system.examples(data["train"])  # type: ignore[arg-type]
     with tuning(system, Tune(mode="full"), run) as tuned:
-        bounded = BoundedNetwork(tuned.system.model)
+        bounded = BoundedNetwork(tuned.system.model, system.shape)
         _require_batch(tuned.system.model, len(examples.class_B), config)
         draw_weights(bounded, config.init, run.seed)
         if config.num_epochs:

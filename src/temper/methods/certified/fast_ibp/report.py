@@ -74,7 +74,7 @@ class Findings:
 
 def look(system: ImageClassifier, examples: Examples, config: Config, run: Run) -> Findings:
     """Everything that is measured, with the system as it is."""
-    found, bounded = Findings(), BoundedNetwork(system.model)
+    found, bounded = Findings(), BoundedNetwork(system.model, system.shape)
     size = max(1, run.batch_tokens // IMAGES_PER_TOKENS)
     starts = range(0, len(examples.class_B), size)
     with eval_mode(system.model):
@@ -256,7 +256,7 @@ def _layer_rows(layers: Sequence[Layer], prefix: str) -> Iterator[Row]:
 @torch.no_grad()
 def start_rows(system: ImageClassifier, examples: Examples, config: Config, run: Run) -> Iterator[Row]:
     """The same of a copy with the first weights of `init`, on one batch, whose statistics batch norm takes."""
-    bounded = BoundedNetwork(copy.deepcopy(system.model))
+    bounded = BoundedNetwork(copy.deepcopy(system.model), system.shape)
     draw_weights(bounded, config.init, run.seed)
     bounded.network.train()
     pixels, labels_B = (tensor[: config.batch_rows] for tensor in examples)
