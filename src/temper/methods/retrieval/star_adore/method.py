@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def prepare(
             f"{len(kept)} queries are left to train on: no pair of a relevant document and another",
             cure="Give more queries and documents, or take negatives=random.",
         )
+    # What is trained on top of an earlier fit meets the queries in another order.
+    random.Random(f"{run.seed}/{system.fingerprint}").shuffle(kept)
     cut = system.cut(config.document_tokens)
     return Asked(
         system.cut(config.query_tokens).ids([questions[n].text for n in kept], config.query_prompt),

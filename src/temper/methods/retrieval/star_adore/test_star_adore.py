@@ -210,11 +210,12 @@ def test_departure_5_negatives_by_name(system: Any) -> None:
     for kind, size in (("star", 2), ("random", 2), ("hard", 2), ("in-batch", 1)):
         items = items_of(system, quick(negatives=kind))
         assert [len(item.candidates) for item in items] == [size] * 6
-        for number, item in enumerate(items):
-            assert item.names[0] == str(number)
+        assert sorted(item.names[0] for item in items) == list("012345")
+        for item in items:
+            assert item.relevant == {item.names[0]}
             assert item.names[0] not in item.names[1:]
             if kind in ("star", "hard"):
-                assert int(item.names[1]) in mined[number]
+                assert int(item.names[1]) in mined[int(item.names[0])]
     assert items_of(system, quick()) == items_of(system, quick())
     assert items_of(system, quick(), epoch=1) != items_of(system, quick())
 
