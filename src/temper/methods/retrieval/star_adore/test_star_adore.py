@@ -200,6 +200,15 @@ def test_adore_searches_what_the_query_is_now(system: Any) -> None:
     assert not index.vectors_MD.requires_grad
 
 
+def test_scores_are_float32_under_bfloat16(system: Any) -> None:
+    index = index_corpus(system, [1000 * text for _, text in PAIRS[:2]], Run())
+    objective = AdoreObjective(system, index, 2, 2, 1e4, Run(precision="bf16"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objective(system.model, [Query(system.ids(["the fox"])[0], (0,))])["lambda_rank"]
+    assert found.total.dtype == torch.float32
+    assert torch.isfinite(found.total)
+
+
 # ---- what a step sees
 
 

@@ -81,7 +81,7 @@ def test_adore_moves_queries_and_no_document(system: Any, mode: str, tmp_path: P
 
 
 def test_adore_raises_the_relevant_document(system: Any) -> None:
-    config = quick(stage="adore", lr=3e-3, max_steps=40, dropout=False)
+    config = quick(stage="adore", lr=3e-3, max_steps=40, dropout=False, top_k=200)  # more than there are
     before = values(measure(system, pairs("test"), config, Run()), "MRR@10")
     with fit(system, pairs(), config, Run()).apply(system) as both:
         after = values(measure(both, pairs("test"), config, Run()), "MRR@10")
