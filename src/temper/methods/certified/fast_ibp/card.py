@@ -50,7 +50,7 @@ Departures    1. A step's images are always a full batch: what is left over sits
 Limits        Certificates hold for real arithmetic: float rounding can matter where a margin is about 1e-6. L-infinity only.
               Plain IBP: the CROWN-IBP variant (a mix of linear relaxations while eps grows) is not here. Layers without a
               bound rule (GELU, softmax attention, layer norm) are refused by name, and networks that do not end in a
-              linear layer. Images only; the bounds themselves take tables too (`temper.ops.network_bounds`). Networks
+              linear layer or whose forward pass torch.fx cannot read (EfficientNet-Lite0's padding). Images only; the bounds themselves take tables too (`temper.ops.network_bounds`). Networks
               trained otherwise verify almost nothing at the eps used here. That says little of their robustness: compare
               the PGD error. One process: a batch shares its statistics and is never split.
 Reference code  github.com/shizhouxing/Fast-Certified-Robust-Training (BSD-3-Clause; facts only).

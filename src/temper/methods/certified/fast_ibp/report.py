@@ -55,6 +55,8 @@ class Findings:
     right: list[bool] = field(default_factory=list)
     verified: list[bool] = field(default_factory=list)
     """At `eps`."""
+    margins: list[float] = field(default_factory=list)
+    """The least lower bound of z_y - z_j, j != y, at `eps`."""
     further: dict[float, list[bool]] = field(default_factory=dict)
     """At each of `more_eps`."""
     curve: dict[float, list[bool]] = field(default_factory=dict)
@@ -108,6 +110,7 @@ def _prove(
     bounds = bounded.bounds(inputs, labels_B, hidden=True)
     assert bounds.margins is not None
     found.verified += verified_mask(bounds.margins, labels_B).tolist()
+    found.margins += bounds.margins.scatter(1, labels_B[:, None], float("inf")).amin(1).tolist()
     found.bounds_s += time.monotonic() - began
     sums = layers_of([inputs.box, *bounds.hidden])
     found.layers = [
@@ -185,7 +188,7 @@ def _ends(system: ImageClassifier, pixels: Tensor, eps: float) -> Interval:
 
 
 def rows(found: Findings, ids: Sequence[str], config: Config) -> Iterator[Row]:
-    """The findings as rows; `certified` is 1 or 0 for each image."""
+    """The findings as rows; a certificate for each image: `certified`, 1 or 0, and the margin that is proven."""
     n = len(ids)
     yield _rate("standard_error", [not right for right in found.right])
     yield _rate("verified_error", [not verified for verified in found.verified])
@@ -200,7 +203,8 @@ def rows(found: Findings, ids: Sequence[str], config: Config) -> Iterator[Row]:
     yield from _layer_rows(found.layers, "")
     yield from _check_rows(found)
     yield Row(metric="certify_s", value=found.bounds_s / n, n=n, split="test", higher_is_better=False)
-    for name, is_verified in zip(ids, found.verified, strict=True):
+    for name, is_verified, margin in zip(ids, found.verified, found.margins, strict=True):
+        yield Row(metric="proven_margin", value=margin, item=name, split="test", higher_is_better=True)
         yield Row(
             metric="certified", value=float(is_verified), item=name, split="test", higher_is_better=True
         )
