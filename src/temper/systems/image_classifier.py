@@ -23,7 +23,7 @@ from temper.data.schemas import Labelled
 from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.wanted import Wanted
 
-__all__ = ["RESAMPLING", "Examples", "ImageClassifier", "load_image_classifier"]
+__all__ = ["RESAMPLING", "Examples", "ImageClassifier", "Reading", "load_image_classifier"]
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Ways to resize, in the order of Pillow's numbers."""
@@ -36,6 +36,13 @@ class Examples(NamedTuple):
 
     pixels_BCHW: Tensor
     class_B: Tensor
+
+
+class Reading(NamedTuple):
+    """Class scores and a layer's values."""
+
+    logits_BC: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,17 +127,23 @@ class ImageClassifier(LocalSystem):
         return logits_BC.float()
 
     def features(self, pixels_BCHW: Tensor, layer: str = "") -> Tensor:
-        """What a module gives, with gradient: "" the input of the last linear layer, (B, D), "NAME" the output of a
-        module, "NAME.input" its first input.
+        """What a module gives, with gradient; see `read`."""
+        return self.read(pixels_BCHW, layer).features
+
+    def read(self, pixels_BCHW: Tensor, layer: str = "") -> Reading:
+        """Class scores and a layer's values from one pass, with gradient.
+
+        The layer is "" for the input of the last linear layer, (B, D), "NAME" for the output of a module, "NAME.input"
+        for its first input.
         """
         layer = layer or f"{self.head}.input"
         with self._caught(layer) as caught:
-            self.model(self._normal(pixels_BCHW))
+            logits_BC = self.logits(pixels_BCHW)
         if not caught:
             raise ModelError(
                 f"The module {layer!r} does not run", where=self.spec, cure="Choose another layer."
             )
-        return caught[-1]
+        return Reading(logits_BC, caught[-1])
 
     @property
     def head(self) -> str:
