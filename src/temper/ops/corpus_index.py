@@ -30,6 +30,8 @@ __all__ = ["CorpusIndex", "check_rows", "index_corpus", "load_index", "save_inde
 
 log = logging.getLogger(__name__)
 FACTS, VECTORS = "index.json", "vectors.safetensors"
+KEPT_BYTES = 1 << 28
+"""Vectors of a larger corpus are for `save_index`, where the user says so."""
 TOLERANCE = 0.05
 """Distance, by the vector's length, that the same text's vector may move between two precisions."""
 
@@ -63,7 +65,7 @@ def _hash(texts: Sequence[str]) -> str:
 
 
 def index_corpus(system: Encoder, texts: Sequence[str], run: Run, *, prompt: str = "") -> CorpusIndex:
-    """The texts embedded by the document encoder; vectors are kept in the store's cache."""
+    """The texts embedded by the document encoder; up to KEPT_BYTES of vectors are kept in the store's cache."""
     encoder, hashed = system.document_fingerprint, _hash(texts)
     key = {
         "encoder": encoder,
@@ -76,7 +78,7 @@ def index_corpus(system: Encoder, texts: Sequence[str], run: Run, *, prompt: str
     cache = Cache("documents")
     stored = cache.get(key)
     vectors_MD = torch.from_numpy(stored["vectors"]) if stored else embed(system, texts, run, prompt=prompt)
-    if stored is None:
+    if stored is None and 4 * vectors_MD.numel() <= KEPT_BYTES:
         cache.put(key, {"vectors": vectors_MD.numpy()})
     log.info("an index of %d documents, %.1f MB", len(vectors_MD), 4 * vectors_MD.numel() / 1e6)
     index = CorpusIndex(build_index(vectors_MD, run), encoder, hashed)
