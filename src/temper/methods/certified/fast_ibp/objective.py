@@ -124,7 +124,7 @@ class BoxObjective:
         if self.config.crop_padding:
             pixels_BCHW = _cropped(pixels_BCHW, self.config.crop_padding)
         if self.config.flip:
-            mirrored_B = torch.rand(len(items)) < 0.5
+            mirrored_B = torch.rand(len(items), device=pixels_BCHW.device) < 0.5
             pixels_BCHW = torch.where(mirrored_B[:, None, None, None], pixels_BCHW.flip(3), pixels_BCHW)
         return pixels_BCHW.contiguous(memory_format=torch.channels_last), labels_B
 

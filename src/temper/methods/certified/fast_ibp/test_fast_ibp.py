@@ -194,10 +194,11 @@ def by_name(rows):
 
 def test_training_proves_more_and_nothing_breaks_a_certificate(digits, tmp_path):
     system = classifier("mlp-w32-bn")
-    found = {}
+    found, before = {}, {key: value.clone() for key, value in system.model.state_dict().items()}
     for name, eps in (("ordinary", 0.0), ("certified", 0.05)):
         artefact = method.fit(system, digits, quick(eps=eps), Run())
         assert any("running_var" in key for key in artefact.tensors)
+        assert all(torch.equal(value, before[key]) for key, value in system.model.state_dict().items())
         with artefact.apply(system) as trained:
             rows = list(method.measure(trained, digits, quick(), Run(folder=tmp_path)))
         found[name] = by_name(rows)
