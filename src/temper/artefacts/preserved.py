@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """A module's attributes; its containers of modules, tensors and hooks are copied one level deep."""
-    return {k: _Contents(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+    # A subclass, like the frozen config of diffusers, may refuse to be filled again.
+    plain = (dict, OrderedDict)
+    return {k: _Contents(v) if type(v) in plain else v for k, v in vars(module).items()}
 
 
 class _Contents:

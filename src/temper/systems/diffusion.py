@@ -189,7 +189,10 @@ class Diffusion(LocalSystem):
         self, condition: Condition, num_steps: int = 20, seed: int = 0, guidance: float = 1.0
     ) -> list[Picture]:
         """One picture a condition; see `draw_pixels`."""
-        pixels_BCHW = self.draw_pixels(condition, num_steps, seed, guidance)
+        return self.pictures(self.draw_pixels(condition, num_steps, seed, guidance))
+
+    def pictures(self, pixels_BCHW: Tensor) -> list[Picture]:
+        """Pixels in [0, 1] as pictures."""
         bytes_BHWC = (pixels_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Picture.from_array(pixels_HWC.copy()) for pixels_HWC in bytes_BHWC]
 

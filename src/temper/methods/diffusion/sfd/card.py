@@ -177,9 +177,9 @@ CARD = Card(
     config=Config,
     kinds=("Diffusion",),
     needs=frozenset({"draw", "grads"}),
-    data={"fit": {"prompts?": "Text"}, "measure": {"prompts?": "Text", "real?": "Labelled"}},
+    data={"fit": {"prompts?": "Text"}, "measure": {"prompts?": "Labelled", "real?": "Labelled"}},
     produces=("weights", "steer"),
-    extras=("diffusion",),
+    extras=("diffusers",),
     claims=(
         Claim(
             id="forgets",

@@ -81,6 +81,11 @@ class Log:
                 )
             self.terms.setdefault(name, []).append(number)
 
+    def figures(self, title: str) -> dict[str, Any]:
+        """The losses as curves for the report."""
+        lines = {name: {"x": self.steps, "y": values} for name, values in self.terms.items()}
+        return {"curves": {title: {"x": "step", "y": "loss", "lines": lines}}} if lines else {}
+
 
 def train(problem: Problem, config: Config, run: Run) -> Log:
     """Train `problem.model` in place by the objective of the config."""

@@ -5,9 +5,11 @@ Points lie in the plane; their x_0 space is the plane itself, so there is nothin
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from temper.core.types import Row, Run
 from temper.methods.diffusion.sfd.card import ONE_STEP, Config
 from temper.methods.diffusion.sfd.distil import Log, Problem, init_level, train
 from temper.methods.diffusion.sfd.losses import one_step, other_labels, pseudo_labels
+from temper.methods.diffusion.sfd.quality import Wanted, rate_rows
 from temper.ops.diffusion import counting, frechet_distance, noise_loss, rbf_mmd, sample_times
 from temper.systems.diffusion import Condition
 from temper.systems.noise import add_noise, alpha_bar, denoise, guided, item_generators, level
@@ -28,7 +31,6 @@ __all__ = [
     "centres",
     "draw",
     "measure",
-    "nearest",
     "problem_of",
     "real",
     "schedule",
@@ -40,8 +42,6 @@ NUM_LEVELS, WIDTH, FREQUENCIES = 200, 128, 16
 NULL = NUM_CLASSES
 NULL_SHARE = 0.1
 TEACH_LR, TEACH_ROWS = 2e-3, 256
-PICTURED = 200
-"""Points a class in the report's picture."""
 
 
 class Points(nn.Module):
@@ -89,9 +89,9 @@ def real(class_B: Tensor, rng: torch.Generator) -> Tensor:
     return centres()[class_B] + SPREAD * torch.randn(len(class_B), 2, generator=rng)
 
 
-def nearest(x_B2: Tensor) -> Tensor:
-    """The class whose centre is nearest: a detector that was not trained."""
-    return torch.cdist(x_B2, centres()).argmin(1)
+def scores(x_B2: Tensor) -> Tensor:
+    """Log-likelihood of points under each class but for a constant: a detector that is right and was not trained."""
+    return -torch.cdist(x_B2, centres()).square() / (2 * SPREAD**2)
 
 
 def eps_of(model: nn.Module, x_B2: Tensor, t_B: Tensor, condition: Condition, guidance: float) -> Tensor:
@@ -139,8 +139,7 @@ def problem_of(model: Points, config: Config) -> Problem:
         return labelled(torch.full((num,), forget)), other() if other else None
 
     def pseudo(x_B2: Tensor, rng: torch.Generator) -> Condition:
-        logits_BC = -torch.cdist(x_B2, centres()).square() / (2 * SPREAD**2)
-        return labelled(pseudo_labels(logits_BC, forget, config.override_mode == "prob", rng))
+        return labelled(pseudo_labels(scores(x_B2), forget, config.override_mode == "prob", rng))
 
     return Problem(
         model=model,
@@ -194,35 +193,22 @@ def measure(config: Config, run: Run) -> tuple[list[Row], dict[str, Any]]:
         Row(metric="sample_s", value=sample_s, n=len(class_N), higher_is_better=False),
         Row(metric="fit_s", value=fit_s, higher_is_better=False),
     ]
-    return [_in_toy(row) for row in rows], _figures(log)
+    return [dataclasses.replace(row, split="toy") for row in rows], log.figures("Toy: losses")
 
 
-def _rows(x_N2: Tensor, class_N: Tensor, config: Config, seed: int) -> Any:
-    forget, override = int(config.forget), int(config.override)
-    seen_N, is_forget_N = nearest(x_N2), class_N == forget
-    kept_N = ~is_forget_N
-    distance_N = (x_N2 - centres()[class_N]).norm(dim=1)
-    rng = torch.Generator().manual_seed(seed + 2)
-    true_N2 = real(class_N[kept_N], rng)
-    num, num_kept = int(is_forget_N.sum()), int(kept_N.sum())
-    forgotten = float((seen_N[is_forget_N] == forget).float().mean())
-    yield Row(metric="forget_rate", value=forgotten, n=num, higher_is_better=False)
-    yield Row(metric="unlearning_accuracy", value=1 - forgotten, n=num, higher_is_better=True)
-    overridden = float((seen_N[is_forget_N] == override).float().mean())
-    yield Row(metric="override_rate", value=overridden, n=num, higher_is_better=True)
-    right_N = (seen_N == class_N).float()
-    yield Row(metric="retain_rate", value=float(right_N[kept_N].mean()), n=num_kept, higher_is_better=True)
-    for label in range(NUM_CLASSES):
-        if label != forget:
-            share = float(right_N[class_N == label].mean())
-            yield Row(metric="class_rate", value=share, n=num, group=str(label), higher_is_better=True)
-    yield Row(
-        metric="retain_distance", value=float(distance_N[kept_N].mean()), n=num_kept, higher_is_better=False
-    )
-    yield Row(
-        metric="frechet", value=_by_class(x_N2, true_N2, class_N, kept_N), n=num_kept, higher_is_better=False
-    )
-    yield Row(metric="mmd", value=rbf_mmd(x_N2[kept_N], true_N2), n=num_kept, higher_is_better=False)
+def _rows(x_N2: Tensor, class_N: Tensor, config: Config, seed: int) -> Iterator[Row]:
+    names = tuple(map(str, range(NUM_CLASSES)))
+    override = int(config.override) if config.override_mode == "fixed" else None
+    wanted = Wanted(tuple(class_N.tolist()), class_N, names, int(config.forget), override)
+    yield from rate_rows(scores(x_N2), wanted)
+    kept_N = ~wanted.forgotten_N
+    num = int(kept_N.sum())
+    distance = float((x_N2 - centres()[class_N]).norm(dim=1)[kept_N].mean())
+    yield Row(metric="retain_distance", value=distance, n=num, higher_is_better=False)
+    true_N2 = real(class_N[kept_N], torch.Generator().manual_seed(seed + 2))
+    frechet = _by_class(x_N2, true_N2, class_N, kept_N)
+    yield Row(metric="frechet", value=frechet, n=num, higher_is_better=False)
+    yield Row(metric="mmd", value=rbf_mmd(x_N2[kept_N], true_N2), n=num, higher_is_better=False)
 
 
 def _by_class(x_N2: Tensor, true_K2: Tensor, class_N: Tensor, kept_N: Tensor) -> float:
@@ -230,14 +216,3 @@ def _by_class(x_N2: Tensor, true_K2: Tensor, class_N: Tensor, kept_N: Tensor) ->
     class_K = class_N[kept_N]
     found = [frechet_distance(x_N2[class_N == c], true_K2[class_K == c]) for c in class_K.unique()]
     return sum(found) / len(found)
-
-
-def _in_toy(row: Row) -> Row:
-    import dataclasses
-
-    return dataclasses.replace(row, split="toy")
-
-
-def _figures(log: Log) -> dict[str, Any]:
-    lines = {name: {"x": log.steps, "y": values} for name, values in log.terms.items()}
-    return {"curves": {"Toy: losses": {"x": "step", "y": "loss", "lines": lines}}} if lines else {}
