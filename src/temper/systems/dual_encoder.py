@@ -27,7 +27,7 @@ from temper.systems.image_classifier import check_pixels, prepare
 from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.wanted import Wanted
 
-__all__ = ["ClassScorer", "DualEncoder", "TokenRows", "load_dual_encoder"]
+__all__ = ["ClassScorer", "DualEncoder", "TokenRows", "check_names", "load_dual_encoder"]
 
 TEMPLATE = "a photo of a {}."
 CHUNK_ROWS = 1024

@@ -25,7 +25,16 @@ from temper.ops.train import TrainSettings, train
 from temper.ops.world_models.base import WorldModel
 from temper.systems.image_classifier import ImageClassifier
 
-__all__ = ["ATTRIBUTES", "MODELS", "PARAMETERS", "Seen", "read_attributes", "train_attributes"]
+__all__ = [
+    "ATTRIBUTES",
+    "MODELS",
+    "PARAMETERS",
+    "NameAttributes",
+    "Seen",
+    "read_attributes",
+    "train_attributes",
+    "truth",
+]
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {"shape": SHAPES, "colour": COLOURS, "style": STYLES}
 """Attribute -> its names, in the order of the scores."""

@@ -26,7 +26,7 @@ from temper.ops.world_models.base import WorldModel
 from temper.systems.dual_encoder import DualEncoder
 from temper.systems.word_tokenizer import build_word_tokenizer
 
-__all__ = ["MODELS", "PARAMETERS", "build_clip", "names_accuracy", "train_clip"]
+__all__ = ["MODELS", "PARAMETERS", "Contrast", "build_clip", "names_accuracy", "train_clip"]
 
 PARAMETERS: dict[str, Json] = {
     "version": 1,

@@ -22,12 +22,12 @@ def box(x: Floats, y: Floats, half_width: float, half_height: float) -> Floats:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-def circle(x: Floats, y: Floats) -> Floats:
+def _circle(x: Floats, y: Floats) -> Floats:
     """Radius 0.85."""
     return _length(x, y) - 0.85
 
 
-def square(x: Floats, y: Floats) -> Floats:
+def _square(x: Floats, y: Floats) -> Floats:
     """Side 1.5."""
     return box(x, y, 0.75, 0.75)
 
@@ -38,17 +38,17 @@ def triangle(x: Floats, y: Floats) -> Floats:
     return np.maximum((1.7 * np.abs(x) - 0.9 * (y + 1)) / norm, y - 0.7)
 
 
-def diamond(x: Floats, y: Floats) -> Floats:
+def _diamond(x: Floats, y: Floats) -> Floats:
     """Half as wide again upwards as sideways."""
     return (np.abs(x) * 1.0 + np.abs(y) * 0.7 - 0.7) / np.hypot(1.0, 0.7)
 
 
-def cross(x: Floats, y: Floats) -> Floats:
+def _cross(x: Floats, y: Floats) -> Floats:
     """Two bars of equal length."""
     return np.minimum(box(x, y, 0.95, 0.3), box(x, y, 0.3, 0.95))
 
 
-def star(x: Floats, y: Floats) -> Floats:
+def _star(x: Floats, y: Floats) -> Floats:
     """Five points: the plane folded into half a point, then the distance to its edge."""
     first, second = (0.809017, -0.587785), (-0.809017, -0.587785)
     x, y = np.abs(x), -y
@@ -62,29 +62,29 @@ def star(x: Floats, y: Floats) -> Floats:
     return ((tip - inner_y) * x + inner_x * (y - tip)) / along
 
 
-def heart(x: Floats, y: Floats) -> Floats:
+def _heart(x: Floats, y: Floats) -> Floats:
     """A square on its corner, with a half circle on each of its upper sides."""
     x = np.abs(x)
     lobe = _length(x - 0.354, y + 0.254) - 0.5
     return np.minimum(lobe, (x + np.abs(y - 0.1) - 0.707) * 0.70711)
 
 
-def ring(x: Floats, y: Floats) -> Floats:
+def _ring(x: Floats, y: Floats) -> Floats:
     """A band around the radius 0.66."""
     return np.abs(_length(x, y) - 0.66) - 0.2
 
 
-def crescent(x: Floats, y: Floats) -> Floats:
+def _crescent(x: Floats, y: Floats) -> Floats:
     """A disc with a bite on its right."""
     return np.maximum(_length(x, y) - 0.9, 0.72 - _length(x - 0.42, y + 0.1))
 
 
-def bar(x: Floats, y: Floats) -> Floats:
+def _bar(x: Floats, y: Floats) -> Floats:
     """Three times as wide as high."""
     return box(x, y, 0.95, 0.32)
 
 
 DISTANCES: tuple[Callable[[Floats, Floats], Floats], ...] = (
-    circle, square, triangle, diamond, cross, star, heart, ring, crescent, bar,
+    _circle, _square, triangle, _diamond, _cross, _star, _heart, _ring, _crescent, _bar,
 )  # fmt: skip
 """In the order of `words.SHAPES`."""

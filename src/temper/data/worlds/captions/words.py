@@ -9,6 +9,7 @@ __all__ = [
     "COLOURS",
     "HELD_OUT",
     "NEUTRAL_PHRASE",
+    "NUMBERS",
     "PLACES_2",
     "PLACES_3",
     "RGB",
@@ -84,7 +85,7 @@ SIGNS = ("sale", "exit", "stop", "fire", "open")
 """Words that a `word` glyph may show."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-SMALL_WORDS = [
+_SMALL_WORDS = [
     "a",
     "an",
     "the",
@@ -143,7 +144,7 @@ SMALL_WORDS = [
 
 def _all_words() -> tuple[str, ...]:
     phrases = [NEUTRAL_PHRASE, *(p for pair in STYLE_PHRASES.values() for p in pair), *PLACES_3]
-    lists = [SMALL_WORDS, SHAPES, COLOURS, STYLES, SIZES, NUMBERS, SIGNS, *SYNONYMS.values()]
+    lists = [_SMALL_WORDS, SHAPES, COLOURS, STYLES, SIZES, NUMBERS, SIGNS, *SYNONYMS.values()]
     words = [word for words in lists for word in words] + [w for phrase in phrases for w in phrase.split()]
     return tuple(dict.fromkeys(words))
 

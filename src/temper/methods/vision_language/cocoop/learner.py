@@ -21,7 +21,15 @@ from temper.methods.vision_language.cocoop.prompts import Prompts, build_prompts
 from temper.ops.objectives import SumCount
 from temper.systems.dual_encoder import DualEncoder
 
-__all__ = ["FewShot", "LearnedPrompts", "PromptLearner", "PromptObjective", "frozen", "start_learner"]
+__all__ = [
+    "FewShot",
+    "LearnedPrompts",
+    "PromptLearner",
+    "PromptObjective",
+    "augment",
+    "frozen",
+    "start_learner",
+]
 
 
 class PromptLearner(nn.Module):

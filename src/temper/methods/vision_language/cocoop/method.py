@@ -37,7 +37,7 @@ from temper.ops.precision import autocast
 from temper.ops.train import TrainLog, TrainSettings, train
 from temper.systems.dual_encoder import DualEncoder
 
-__all__ = ["build_steer", "fit", "learn", "measure", "probe_accuracy"]
+__all__ = ["build_steer", "fit", "learn", "learned_prompts", "measure", "probe_accuracy"]
 
 SLUG = "cocoop"
 PICTURES_AT_ONCE = 256
