@@ -89,6 +89,8 @@ def test_trec_files(tmp_path):
     write_run(tmp_path / "again.txt", read_run(run), "x")
     assert (tmp_path / "again.txt").read_text().splitlines()[0] == "1 Q0 b 1 0.900000 x"
     assert read_run(tmp_path / "again.txt") == read_run(run)
+    write_run(run, {"my query": {"a b": 1.0}}, "x")
+    assert read_run(run) == {"my_query": {"a_b": 1.0}}
     run.write_text("1 Q0 a 1 0.5 x\n1 Q0 a 2 0.4 x\n")
     with pytest.raises(DataError, match="ranks 'a' twice"):
         read_run(run)

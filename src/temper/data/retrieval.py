@@ -104,13 +104,17 @@ def read_run(path: Path | str) -> Trec:
 
 
 def write_run(path: Path | str, ranked: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Write rankings, best first, in TREC's format."""
+    """Write rankings, best first, in TREC's format; white space within an id becomes "_"."""
     lines = [
-        f"{query} Q0 {document} {rank} {score:.6f} {tag}\n"
+        f"{_solid(query)} Q0 {_solid(document)} {rank} {score:.6f} {tag}\n"
         for query, scores in ranked.items()
         for rank, (document, score) in enumerate(scores.items(), start=1)
     ]
     Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def _solid(name: str) -> str:
+    return "_".join(name.split())
 
 
 def _fields(path: Path, sizes: tuple[int, ...], form: str) -> Iterator[tuple[list[str], Place]]:

@@ -19,12 +19,12 @@ from temper.methods.retrieval.star_adore.card import Config
 from temper.methods.retrieval.star_adore.training import (
     Asked,
     hard_negatives,
+    ranked,
     reset_last_layers,
     train_adore,
     train_star,
 )
-from temper.ops.bm25 import bm25_search
-from temper.ops.corpus_index import CorpusIndex, index_corpus, load_index, save_index, search_texts
+from temper.ops.corpus_index import CorpusIndex, index_corpus, load_index, save_index
 from temper.ops.ir_metrics import ir_values
 from temper.ops.retrieve import Found
 from temper.ops.stats import mean_ci
@@ -121,33 +121,22 @@ def measure(system: Encoder, data: Data, config: Config, run: Run) -> Iterator[R
     """
     corpus = corpus_of(data)
     questions = questions_of(data.records("test", Ranking), corpus)
-    found = _search(system, questions, corpus, config, run)
-    ranked = {
+    texts = [question.text for question in questions]
+    found = ranked(system, config.engine, texts, corpus, config.depth, config, run)
+    by_query = {
         question.id: [corpus.ids[place] for place in row]
         for question, row in zip(questions, found.indices_NK.tolist(), strict=True)
     }
-    if len(ranked) < len(questions):
+    if len(by_query) < len(questions):
         raise DataError("Two queries of the part test have one id", cure="Give every query an id of its own.")
     curve = [f"IPrec@{level:.1f}" for level in LEVELS]
-    values = ir_values(qrels_of(questions, corpus.ids), ranked, [*config.metrics, *curve])
+    values = ir_values(qrels_of(questions, corpus.ids), by_query, [*config.metrics, *curve])
     if run.folder is not None:
-        _write(run.folder, ranked, found, [values[name] for name in curve], config)
+        _write(run.folder, by_query, found, [values[name] for name in curve], config)
         if config.export:
             system.save(run.folder / "encoder")
     for metric in config.metrics:
         yield from _rows(metric, values[metric])
-
-
-def _search(
-    system: Encoder, questions: Sequence[Question], corpus: Corpus, config: Config, run: Run
-) -> Found:
-    texts = [question.text for question in questions]
-    if config.engine == "bm25":
-        return bm25_search(texts, corpus.texts, config.depth)
-    index = index_corpus(system.cut(config.document_tokens), corpus.texts, run, prompt=config.document_prompt)
-    return search_texts(
-        system.cut(config.query_tokens), texts, index, config.depth, run, prompt=config.query_prompt
-    )
 
 
 def _rows(metric: str, by_query: Mapping[str, float]) -> Iterator[Row]:
@@ -163,7 +152,7 @@ def _rows(metric: str, by_query: Mapping[str, float]) -> Iterator[Row]:
 
 def _write(
     folder: Path,
-    ranked: Mapping[str, Sequence[str]],
+    by_query: Mapping[str, Sequence[str]],
     found: Found,
     curve: Sequence[Mapping[str, float]],
     config: Config,
@@ -171,7 +160,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     scored = {
         query: dict(zip(names, scores, strict=True))
-        for (query, names), scores in zip(ranked.items(), found.scores_NK.tolist(), strict=True)
+        for (query, names), scores in zip(by_query.items(), found.scores_NK.tolist(), strict=True)
     }
     write_run(folder / "ranking.trec", scored, f"{SLUG}-{config.engine}")
     precision = [sum(values.values()) / len(values) for values in curve]

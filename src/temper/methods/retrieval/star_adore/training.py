@@ -33,7 +33,7 @@ from temper.ops.embed import vectors
 from temper.ops.negatives import cross_rater, drop_likely_positives, encoder_rater, mine
 from temper.ops.objectives import SumCount
 from temper.ops.optim import adamw, lamb
-from temper.ops.retrieve import search
+from temper.ops.retrieve import Found, search
 from temper.ops.train import TrainLog, TrainSettings, train
 from temper.systems.encoder import Encoder
 from temper.systems.loading import load_base
@@ -44,6 +44,7 @@ __all__ = [
     "Query",
     "hard_negatives",
     "live_lists",
+    "ranked",
     "ranked_lists",
     "reset_last_layers",
     "scale_of",
@@ -130,6 +131,16 @@ def reset_last_layers(model: nn.Module, num: int, seed: int) -> None:
 # ---- STAR
 
 
+def ranked(
+    system: Encoder, engine: str, queries: Sequence[str], corpus: Corpus, k: int, config: Config, run: Run
+) -> Found:
+    """The first k documents of each query, by the system or by BM25."""
+    if engine == "bm25":
+        return bm25_search(queries, corpus.texts, k)
+    index = index_corpus(system.cut(config.document_tokens), corpus.texts, run, prompt=config.document_prompt)
+    return search_texts(system.cut(config.query_tokens), queries, index, k, run, prompt=config.query_prompt)
+
+
 def hard_negatives(
     system: Encoder, questions: Sequence[Question], corpus: Corpus, config: Config, run: Run
 ) -> list[list[int]]:
@@ -137,15 +148,7 @@ def hard_negatives(
     texts = [question.text for question in questions]
     known = [set(question.relevant) for question in questions]
     depth = config.num_hard + max(map(len, known))  # Departure 4
-    if config.mine_with == "bm25":
-        found = bm25_search(texts, corpus.texts, depth)
-    else:
-        index = index_corpus(
-            system.cut(config.document_tokens), corpus.texts, run, prompt=config.document_prompt
-        )
-        found = search_texts(
-            system.cut(config.query_tokens), texts, index, depth, run, prompt=config.query_prompt
-        )
+    found = ranked(system, config.mine_with, texts, corpus, depth, config, run)
     mined = mine(found.indices_NK, known, config.num_hard)
     if config.filter_by:
         name = config.filter_by
