@@ -1,5 +1,6 @@
 """The page: everything of the run is on it, nothing from outside is markup, nothing is loaded."""
 
+import base64
 import json
 import re
 import sys
@@ -106,6 +107,27 @@ def test_every_section_is_there(page):
         assert f"<h3>{title}</h3>" in page
     for group in GROUPS:
         assert f'<th scope="row">{group}</th>' in page
+
+
+def with_picture(tmp_path, content):
+    folder = write_sample(tmp_path, arms=("a",), seeds=(0,))
+    step = next((folder / "steps").iterdir())
+    (step / "figures.json").write_text(json.dumps({"pictures": {"Drawn <b>": {"png": content}}}))
+    return folder
+
+
+def test_pictures_stand_in_the_page_itself(tmp_path):
+    content = base64.b64encode(b"\x89PNG\r\n\x1a\nrest").decode()
+    html = render_report(with_picture(tmp_path, content))
+    sources = [value for key, value in read(html).attributes if key == "src"]
+    assert sources == ["data:image/png;base64," + content]
+    assert "<b>" not in html
+
+
+@pytest.mark.parametrize("content", ["<svg onload=x>", base64.b64encode(b"<svg/>").decode(), 3])
+def test_nothing_but_a_png_is_a_picture(tmp_path, content):
+    with pytest.raises(StoreError, match="no PNG"):
+        render_report(with_picture(tmp_path, content))
 
 
 def test_what_attacks_wrote_is_folded(page):

@@ -4,7 +4,8 @@ Besides the store's files a verb may leave two in its step folder (`run.folder`)
 
 figures.json    {"roc": {NAME: {"fpr": [...], "tpr": [...], "threshold": [...]}},
                  "reliability": {NAME: {"confidence": [...], "share": [...], "counts": [...]}},
-                 "curves": {TITLE: {"x": LABEL, "y": LABEL, "lines": {NAME: {"x": [...], "y": [...]}}}}}
+                 "curves": {TITLE: {"x": LABEL, "y": LABEL, "lines": {NAME: {"x": [...], "y": [...]}}}},
+                 "pictures": {TITLE: {"png": BASE64}}}
                  a `null` threshold means "above every score"; a line may have "low" and "high"; a curve with
                  "shared": true is one picture for all arms
 examples.jsonl  {"prompt": ..., "before": ..., "after": ..., "verdict": ..., further keys shown as they are}
