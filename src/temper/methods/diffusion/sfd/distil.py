@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,30 +62,32 @@ class Problem:
 
 @dataclass
 class Log:
-    """Losses, a value every `every` steps, means over a picture's numbers' sums."""
+    """Losses of every `every`-th step and the last: a term's sum over a picture's numbers, mean over pictures."""
 
     every: int = 50
-    steps: list[int] = field(default_factory=list)
-    terms: dict[str, list[float]] = field(default_factory=dict)
+    lines: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Term -> {"x": steps, "y": values}."""
 
     def add(self, step: int, terms: dict[str, Tensor], num_steps: int) -> None:
-        """Keep every so many steps' terms, and the last one's; raises NumericsError where one is not finite."""
+        """Keep the terms of a step if it is one of those kept; raises NumericsError where one is not finite."""
         if step % self.every and step + 1 != num_steps:
             return
-        self.steps.append(step)
         for name, value in terms.items():
             number = float(value.detach())
-            if number != number or abs(number) == float("inf"):
+            if not math.isfinite(number):
                 raise NumericsError(
-                    f"The loss {name!r} is {number} at step {step}",
+                    f"The loss {name!r} is {number}",
+                    where=f"step {step}",
                     cure="Lower lr and fake_lr, or train in float32.",
                 )
-            self.terms.setdefault(name, []).append(number)
+            line = self.lines.setdefault(name, {"x": [], "y": []})
+            line["x"].append(step)
+            line["y"].append(number)
 
     def figures(self, title: str) -> dict[str, Any]:
         """The losses as curves for the report."""
-        lines = {name: {"x": self.steps, "y": values} for name, values in self.terms.items()}
-        return {"curves": {title: {"x": "step", "y": "loss", "lines": lines}}} if lines else {}
+        curve = {"x": "step", "y": "loss", "lines": self.lines}
+        return {"curves": {title: curve}} if self.lines else {}
 
 
 def train(problem: Problem, config: Config, run: Run) -> Log:
