@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from temper.core.errors import ConfigError, ModelError
+from temper.systems.names import check_base
 from temper.systems.network_names import NETWORKS, parse_network
 from temper.systems.networks import FEATURES, HEAD, build_from_settings, build_network
 
@@ -73,6 +74,13 @@ def test_an_mlp_takes_a_table():
 def test_unknown_names_are_refused(name):
     with pytest.raises(ConfigError, match="There is no network"):
         parse_network(name)
+
+
+@pytest.mark.parametrize("name", ["new:cnn9:1x28x28:10", "new:cnn3:1x0x28:10", "new:mlp:1x8x8:1"])
+def test_wrong_names_stop_before_anything_loads(name):
+    with pytest.raises(ConfigError, match="no network|no inputs|at least 2"):
+        check_base(name)
+    check_base("new:cnn3-w4-bn:1x28x28:10:7")
 
 
 def test_impossible_shapes_and_classes_are_refused():

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from temper.core.errors import ConfigError, ModelError, nearest
+from temper.systems.network_names import check_network
 
 __all__ = [
     "ASSETS",
@@ -148,6 +149,8 @@ def check_base(name: str) -> None:
             raise ConfigError(
                 f"{name!r} is not a new network", cure=f"Write {NEW_FORM}, e.g. new:cnn7:1x28x28:10."
             )
+        network, shape, num_classes, *_ = rest.split(":")
+        check_network(network, [int(size) for size in shape.split("x")], int(num_classes))
     elif head == "world":
         if rest not in WORLD_MODELS:
             raise ConfigError(f"There is no world model {rest!r}", cure=nearest(rest, WORLD_MODELS))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from temper.artefacts import Tune, Weights, tuning
-from temper.core.errors import DataError, NumericsError
+from temper.core.errors import DataError, ModelError, NumericsError
 from temper.core.types import Row, Run
 from temper.data.schemas import Data
 from temper.methods.certified.fast_ibp import report
@@ -30,6 +30,7 @@ SLUG = "fast-ibp"
 
 def fit(system: ImageClassifier, data: Data, config: Config, run: Run) -> Weights:
     """First weights, then training on boxes whose eps grows; batch norm's running statistics are part of the artefact."""
+    _require_float32(system)
     examples = system.examples(data["train"])  # type: ignore[arg-type]
     with tuning(system, Tune(mode="full"), run) as tuned:
         bounded = BoundedNetwork(tuned.system.model, system.shape)
@@ -108,8 +109,18 @@ def _require_batch(model: nn.Module, num_items: int, config: Config) -> None:
         )
 
 
+def _require_float32(system: ImageClassifier) -> None:
+    if system.dtype != torch.float32:
+        raise ModelError(
+            f"A certificate needs weights in float32; these are {system.dtype}",
+            where=system.spec,
+            cure="Load the model in float32.",
+        )
+
+
 def measure(system: ImageClassifier, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """What can be proven: errors, certificates, growth of boxes, states of neurons; with `at_start` before training."""
+    _require_float32(system)
     examples = system.examples(data["test"][: config.max_rows])  # type: ignore[arg-type]
     if config.at_start:
         yield from report.start_rows(system, examples, config, run)

@@ -286,6 +286,10 @@ def test_bad_inputs_are_refused(digits):
     for call in (method.fit, lambda *given: list(method.measure(*given))):
         with pytest.raises(ModelError, match="No bound rule for GELU"):
             call(ImageClassifier(gelu, DIGITS, (1, 8, 8)), digits, quick(), Run())
+    half = classifier("mlp-w8")
+    half.model.bfloat16()
+    with pytest.raises(ModelError, match="needs weights in float32"):
+        list(method.measure(half, digits, quick(), Run()))
     with pytest.raises(NumericsError, match="The bounds exploded: take init=ibp"):
         method.fit(classifier("mlp-w8"), digits, quick(lr=1e30), Run())
     with pytest.raises(DataError, match="is none of the 4 classes"):
