@@ -52,7 +52,8 @@ Limits        Certificates hold for real arithmetic: float rounding can matter w
               bound rule (GELU, softmax attention, layer norm) are refused by name, and networks that do not end in a
               linear layer or whose forward pass torch.fx cannot read (EfficientNet-Lite0's padding). Images only; the bounds themselves take tables too (`temper.ops.network_bounds`). Networks
               trained otherwise verify almost nothing at the eps used here. That says little of their robustness: compare
-              the PGD error. One process: a batch shares its statistics and is never split.
+              the PGD error. One process: a batch shares its statistics and is never split. All images are held in memory
+              as float32.
 Reference code  github.com/shizhouxing/Fast-Certified-Robust-Training (BSD-3-Clause; facts only).
 """
 
