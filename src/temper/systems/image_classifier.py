@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from temper.core.errors import ConfigError, DataError, ModelError, nearest
+from temper.core.errors import ConfigError, DataError, ModelError, NeedsError, nearest
 from temper.data.pictures import Picture
 from temper.data.schemas import Labelled
 from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.wanted import Wanted
 
-__all__ = ["RESAMPLING", "Examples", "ImageClassifier", "Reading", "load_image_classifier"]
+__all__ = ["RESAMPLING", "Examples", "ImageClassifier", "Reading", "load_image_classifier", "pictures_of"]
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Ways to resize, in the order of Pillow's numbers."""
@@ -88,16 +88,7 @@ class ImageClassifier(LocalSystem):
 
     def examples(self, records: Sequence[Labelled]) -> Examples:
         """Pixels and class indices of labelled images; raises DataError for a text among them or an unknown class."""
-        pictures = []
-        for record in records:
-            if record.image is None:
-                raise DataError(
-                    "The record holds a text and no image",
-                    where=f"row {record.id!r}",
-                    cure="An image classifier reads images: leave the texts out.",
-                )
-            pictures.append(record.image)
-        return Examples(self.pixels(pictures), self.class_ids(records))
+        return Examples(self.pixels(pictures_of(records)), self.class_ids(records))
 
     def class_ids(self, records: Sequence[Labelled]) -> Tensor:
         """Index of each record's class, (B,) int64: a whole number is an index, a text the name of a class.
@@ -218,6 +209,20 @@ class ImageClassifier(LocalSystem):
         )
 
 
+def pictures_of(records: Sequence[Labelled], part: str = "") -> list[Picture]:
+    """Each record's image; raises DataError for one that holds a text instead."""
+    found = []
+    for record in records:
+        if record.image is None:
+            raise DataError(
+                "The record holds a text and no image",
+                where=f"part {part!r}, row {record.id!r}" if part else f"row {record.id!r}",
+                cure="An image classifier reads images: leave the texts out.",
+            )
+        found.append(record.image)
+    return found
+
+
 def prepare(
     picture: Picture, shape: tuple[int, int, int], resize: tuple[int, ...], resample: str
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -256,8 +261,10 @@ def _drawn(
     array: np.ndarray[Any, Any], as_grey: bool, size: tuple[int, int], crop: tuple[int, int], resample: str
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Made grey, resized and cropped by Pillow; a crop larger than the picture is black at its edges."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise NeedsError("Images need Pillow", cure="pip install 'temper-ml[vision]'") from None
     image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     image = image.convert("L") if as_grey else image
     image = image.resize(size[::-1], RESAMPLING.index(resample))

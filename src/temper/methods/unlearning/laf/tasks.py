@@ -10,6 +10,7 @@ from temper.core.errors import ConfigError, DataError
 from temper.data.pictures import Picture
 from temper.data.schemas import Data, Labelled
 from temper.methods.unlearning.laf.card import Config
+from temper.systems.image_classifier import pictures_of
 
 __all__ = ["TRUE_LABEL", "build_task", "stamp"]
 
@@ -22,7 +23,7 @@ TRUE_LABEL = "true_label"
 def build_task(data: Data, config: Config, seed: int) -> Data:
     """Parts forget and retain of the training rows, test, and test_forget (class) or triggered (backdoor)."""
     train, test = data.records("train", Labelled), data.records("test", Labelled)
-    _check_images((*train, *test))
+    pictures_of((*train, *test))  # a text among them stops here
     chosen = _chosen(train, config, seed)
     if not chosen or len(chosen) == len(train):
         raise DataError(
@@ -46,14 +47,6 @@ def build_task(data: Data, config: Config, seed: int) -> Data:
         others = [record for record in test if str(record.label) != config.target]
         parts["triggered"] = [_stamped(record, models, config) for record in others]
     return Data({name: rows for name, rows in parts.items() if rows}, data.source)
-
-
-def _check_images(records: Sequence[Labelled]) -> None:
-    for record in records:
-        if record.image is None:
-            raise DataError(
-                "The record holds a text and no image", where=f"row {record.id!r}", cure="Give images."
-            )
 
 
 def _chosen(train: Sequence[Labelled], config: Config, seed: int) -> set[int]:

@@ -26,7 +26,7 @@ from temper.methods.unlearning.laf.vae import (
     train_vae,
 )
 from temper.ops.train import SumCount, TrainSettings, train
-from temper.systems.image_classifier import Examples, ImageClassifier
+from temper.systems.image_classifier import Examples, ImageClassifier, pictures_of
 
 __all__ = ["ClassObjective", "Pixels", "embed", "learn", "overlap", "pictures", "repair", "scored", "unlearn"]
 
@@ -47,19 +47,8 @@ class Pixels(NamedTuple):
 
 def pictures(system: ImageClassifier, data: Data) -> Pixels:
     """Pixels of the parts forget and retain; raises DataError for a text among them. Labels are not looked at."""
-    found = []
-    for part in ("forget", "retain"):
-        shown = []
-        for record in data.records(part, Labelled):
-            if record.image is None:
-                raise DataError(
-                    "The record holds a text and no image",
-                    where=f"{part}, row {record.id!r}",
-                    cure="Give images.",
-                )
-            shown.append(record.image)
-        found.append(system.pixels(shown))
-    return Pixels(*found)
+    shown = (pictures_of(data.records(part, Labelled), part) for part in ("forget", "retain"))
+    return Pixels(*(system.pixels(images) for images in shown))
 
 
 def image_tokens(system: ImageClassifier) -> int:
