@@ -16,7 +16,7 @@ from temper.data.loading import write_jsonl
 from temper.data.pictures import Picture
 from temper.data.schemas import Labelled
 
-__all__ = ["efficientnet_lite0", "fashion_mnist", "mnist_5k"]
+__all__ = ["efficientnet_lite0", "fashion_mnist", "mnist_5k", "read_idx"]
 
 SIDE = 28
 MNIST_CLASSES = 10

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from temper.systems.network_names import MODEL_TYPE
 
-__all__ = ["EfficientNetLite0"]
+__all__ = ["NAME", "Block", "EfficientNetLite0", "SameConv"]
 
 NAME = "efficientnet-lite0"
 """Its `network` in config.json."""

@@ -23,7 +23,16 @@ from temper.data.schemas import Labelled
 from temper.systems.local import CPU, LocalSystem, tried
 from temper.systems.wanted import Wanted
 
-__all__ = ["RESAMPLING", "Examples", "ImageClassifier", "Reading", "load_image_classifier", "pictures_of"]
+__all__ = [
+    "RESAMPLING",
+    "Examples",
+    "ImageClassifier",
+    "Reading",
+    "check_pixels",
+    "load_image_classifier",
+    "pictures_of",
+    "prepare",
+]
 
 RESAMPLING = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Ways to resize, in the order of Pillow's numbers."""

@@ -18,7 +18,7 @@ from temper.systems.image_classifier import RESAMPLING, ImageClassifier
 from temper.systems.network_names import MODEL_TYPE
 from temper.systems.wanted import Wanted
 
-__all__ = ["build_named", "save_image_classifier"]
+__all__ = ["build_named", "save_image_classifier", "with_processor"]
 
 TENSORS = "model.safetensors"
 PREPARATION = ("classes", "mean", "std", "resize", "resample")

@@ -28,7 +28,18 @@ from temper.methods.unlearning.laf.vae import (
 from temper.ops.train import SumCount, TrainSettings, train
 from temper.systems.image_classifier import Examples, ImageClassifier, pictures_of
 
-__all__ = ["ClassObjective", "Pixels", "embed", "learn", "overlap", "pictures", "repair", "scored", "unlearn"]
+__all__ = [
+    "ClassObjective",
+    "Pixels",
+    "embed",
+    "image_tokens",
+    "learn",
+    "overlap",
+    "pictures",
+    "repair",
+    "scored",
+    "unlearn",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from temper.core.errors import NumericsError
 from temper.methods.unlearning.laf.card import Config
 from temper.ops.objectives import SumCount
 
-__all__ = ["Vae", "alignment_loss", "batches", "extractor_loss", "misfit", "train_vae", "vae_loss"]
+__all__ = ["Passed", "Vae", "alignment_loss", "batches", "extractor_loss", "misfit", "train_vae", "vae_loss"]
 
 HIDDEN = (128, 32)
 LOG_FLOOR = 1e-8
