@@ -39,8 +39,9 @@ PARAMETERS: dict[str, Json] = {
     "weight_decay": 0.05,
     "patch": 8,
     "vision_layers": 3,
+    "vision_width": 128,
     "text_layers": 2,
-    "width": 128,
+    "text_width": 128,
     "heads": 4,
     "common_width": 64,
     "max_tokens": 32,
@@ -54,28 +55,30 @@ def build_clip(parameters: Mapping[str, Json]) -> DualEncoder:
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = build_word_tokenizer(VOCABULARY, int(parameters["max_tokens"]))
-    width = int(parameters["width"])
-    shared = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": int(parameters["heads"]),
-        "hidden_act": "gelu",
-    }
+
+    def tower(name: str) -> dict[str, Any]:
+        width = int(parameters[f"{name}_width"])
+        return {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": int(parameters["heads"]),
+            "num_hidden_layers": int(parameters[f"{name}_layers"]),
+            "hidden_act": "gelu",
+        }
+
     ends = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     build: Callable[..., Any] = CLIPConfig
     config = build(
         text_config={
-            **shared,
+            **tower("text"),
             **ends,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": int(parameters["max_tokens"]),
-            "num_hidden_layers": int(parameters["text_layers"]),
         },
         vision_config={
-            **shared,
+            **tower("vision"),
             "image_size": 32,
             "patch_size": int(parameters["patch"]),
-            "num_hidden_layers": int(parameters["vision_layers"]),
         },
         projection_dim=int(parameters["common_width"]),
         zero_shot_template=parameters["template"],

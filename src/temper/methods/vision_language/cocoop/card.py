@@ -37,7 +37,8 @@ Departures    1. Prompts are built from ids; no placeholder word stands in a tex
               7. augment: false takes the pictures' vectors once, before training.
               8. Without `name` or text labels it stops: prompts of bare numbers mean nothing.
 
-Limits        Classes need names that the tokenizer knows and that fit beside the context. per_class prompts know only the
+Limits        Classes need names that the tokenizer knows and that fit beside the context. Pictures of other sizes are
+              resized and cropped as the model's own image processor does. per_class prompts know only the
               classes they were trained on. CoCoOp runs the text tower once a picture and class: with 1000 classes a step of
               one picture costs as much as 1000 texts. A linear probe has no scores for new classes. Where CLIP already
               separates the new classes well there is little to lose, and CoOp's weakness stays small.

@@ -16,6 +16,7 @@ from temper.core.errors import DataError
 from temper.core.types import Row, Run
 from temper.data.schemas import Data, Labelled
 from temper.methods.vision_language.cocoop.card import Config
+from temper.methods.vision_language.cocoop.figures import write_loss, write_pictures
 from temper.methods.vision_language.cocoop.learner import (
     FewShot,
     LearnedPrompts,
@@ -50,7 +51,8 @@ def fit(system: DualEncoder, data: Data, config: Config, run: Run) -> Steer:
     shots = draw_shots(records, names, config.shots, run.seed)
     learner = start_learner(system, len(names), config, run.seed)
     with frozen(system.model):
-        learn(system, learner, shots, names, config, run)
+        log = learn(system, learner, shots, names, config, run)
+    write_loss(log, config.kind, run)
     settings = {
         "kind": config.kind,
         "position": config.position,
@@ -174,7 +176,7 @@ def _base_to_new(
                 where="base-to-new",
                 cure="It takes at least two classes in each group: give more, or set protocol: all.",
             )
-        found[group] = _accuracy(system, rows, chosen, run)
+        found[group] = _accuracy(system, rows, chosen, run, f"{group} classes".capitalize())
         yield _share(f"accuracy_{group}", found[group], len(rows))
     base, new = found["base"], found["new"]
     yield Row(metric="harmonic_mean", value=harmonic_mean(base, new), higher_is_better=True)
@@ -192,7 +194,7 @@ def _all_classes(
     config: Config,
     run: Run,
 ) -> Iterator[Row]:
-    yield _share("accuracy", _accuracy(system, records, names, run), len(records))
+    yield _share("accuracy", _accuracy(system, records, names, run, "All classes"), len(records))
     if config.domain_column:
         shares = {}
         for domain, rows in _domains(records, config).items():
@@ -227,17 +229,29 @@ def _share(metric: str, value: float, num: int, group: str = "") -> Row:
     )
 
 
+def _accuracy(
+    system: DualEncoder, records: Sequence[Labelled], names: Sequence[str], run: Run, title: str = ""
+) -> float:
+    """Share of right answers; with a title the first pictures go to the report."""
+    right = _right_answers(system, records, names, run)
+    if title:
+        write_pictures(title, [_picture(record) for record in records], right, run)
+    return sum(right) / len(right)
+
+
 @torch.no_grad()
-def _accuracy(system: DualEncoder, records: Sequence[Labelled], names: Sequence[str], run: Run) -> float:
+def _right_answers(
+    system: DualEncoder, records: Sequence[Labelled], names: Sequence[str], run: Run
+) -> list[bool]:
     number = {name: index for index, name in enumerate(names)}
-    right = 0
+    right: list[bool] = []
     for start in run.ticker(range(0, len(records), PICTURES_AT_ONCE), label=f"{len(names)} classes"):
         part = records[start : start + PICTURES_AT_ONCE]
         class_B = torch.tensor([number[class_name(record)] for record in part], device=system.device)
         with autocast(run):
             logits_BC = system.class_logits(system.pixels([_picture(record) for record in part]), names)
-        right += int((logits_BC.argmax(1) == class_B).sum())
-    return right / len(records)
+        right += (logits_BC.argmax(1) == class_B).tolist()
+    return right
 
 
 def _probed(
