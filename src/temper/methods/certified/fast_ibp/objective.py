@@ -47,12 +47,17 @@ def relu_loss(boxes: Sequence[Box], tau: float) -> Tensor:
 
 
 def _imbalance(box: Box, tau: float) -> Tensor:
-    active, inactive = box.lower > 0, box.upper < 0
-    spread = (box.centre - box.centre.mean()).square()
-    mass = _balance((box.centre * active).sum(), -(box.centre * inactive).sum())
-    variance = _balance((spread * active).sum(), (spread * inactive).sum())
+    mean = box.centre.mean()
+    shifted = box.centre - mean
+    sides = []
+    for mask in (box.lower > 0, box.upper < 0):
+        part, count = shifted * mask.to(shifted.dtype), mask.sum()
+        # sum c and sum (c - mean c)^2 over the side.
+        sides.append((part.sum() + mean * count, torch.linalg.vector_norm(part).square(), count))
+    (mass_A, spread_A, num_A), (mass_N, spread_N, num_N) = sides
+    mass, spread = _balance(mass_A, -mass_N), _balance(spread_A, spread_N)
     # Departure 2: a ratio without one of its sides says nothing.
-    return (F.relu(tau - mass) + F.relu(tau - variance)) * (active.any() & inactive.any())
+    return (F.relu(tau - mass) + F.relu(tau - spread)) * ((num_A > 0) & (num_N > 0))
 
 
 def _balance(one: Tensor, other: Tensor) -> Tensor:
