@@ -170,11 +170,8 @@ class Diffusion(LocalSystem):
 
     def predict(self, x_t_BCHW: Tensor, t_B: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
         """The model's raw output, of the kind `scheduler.config.prediction_type`; see `eps` for its arguments."""
-        t_B = t_B.to(x_t_BCHW.device).expand(len(x_t_BCHW))
-        output_BCHW = self._forward(x_t_BCHW, t_B, condition)
-        if guidance == 1.0:
-            return output_BCHW
-        return guided(output_BCHW, self._forward(x_t_BCHW, t_B, self.nothing(len(x_t_BCHW))), guidance)
+        nothing = self.nothing(len(x_t_BCHW)) if guidance != 1.0 else None
+        return self._guided(x_t_BCHW, t_B, condition, nothing, guidance)
 
     def eps(self, x_t_BCHW: Tensor, t_B: Tensor, condition: Condition, guidance: float = 1.0) -> Tensor:
         """The noise in x_t at timesteps t, by the model; `guidance` as in diffusers: 1 is none, and then free."""
@@ -225,9 +222,10 @@ class Diffusion(LocalSystem):
         noise_BCHW = noise_BCHW.to(self.device, self.model.dtype)
         if self.draw_rule is not None:
             return self.to_pixels(self.draw_rule(self, noise_BCHW, condition))
+        nothing = self.nothing(len(condition)) if guidance != 1.0 else None
         x_BCHW = denoise(
             self.scheduler,
-            lambda x_BCHW, t: self.predict(x_BCHW, t, condition, guidance),
+            lambda x_BCHW, t: self._guided(x_BCHW, t, condition, nothing, guidance),
             noise_BCHW,
             num_steps,
             generators,
@@ -281,6 +279,15 @@ class Diffusion(LocalSystem):
             where=f"{self.spec}, {len(self.labels)} classes",
             cure=nearest(str(wanted), self.labels),
         )
+
+    def _guided(
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Condition, nothing: Condition | None, guidance: float
+    ) -> Tensor:
+        t_B = t_B.to(x_BCHW.device).expand(len(x_BCHW))
+        output_BCHW = self._forward(x_BCHW, t_B, condition)
+        if nothing is None:
+            return output_BCHW
+        return guided(output_BCHW, self._forward(x_BCHW, t_B, nothing), guidance)
 
     def _forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         if self.takes_text:

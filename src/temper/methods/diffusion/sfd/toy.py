@@ -32,10 +32,12 @@ __all__ = [
     "Points",
     "centres",
     "draw",
+    "eps_of",
     "measure",
     "problem_of",
     "real",
     "schedule",
+    "scores",
     "teach",
 ]
 
