@@ -82,9 +82,9 @@ class Config:
     objective: Literal["sfd", "sid", "relabel", "esd", "untouched"] = "sfd"
     """What is trained: the method, distillation that forgets nothing, two fine-tunings that keep the sampler; untouched
     is for the toy alone."""
-    forget: str = "0"
+    forget: int | str = 0
     """Class to forget, by name or number; with a model of texts the phrase to forget."""
-    override: str = "1"
+    override: int | str = 1
     """What is drawn instead, in the same way; not read with rand, amax and prob."""
     override_mode: Literal["fixed", "rand", "amax", "prob"] = "fixed"
     """How the override is chosen: as named, any other class, or by a classifier."""

@@ -106,9 +106,8 @@ def problem_of(system: Diffusion, data: Data, config: Config, run: Run) -> Probl
 
 def _labels(system: Diffusion, config: Config) -> tuple[int, int | None]:
     """The forgotten class and its override, None where that is no one class; names or numbers."""
-    names = (config.forget, config.override if config.override_mode == "fixed" else None)
-    found = [name if name is None or name in system.labels else _number(name) for name in names]
-    forget, *override = system.conditions([each for each in found if each is not None]).values.tolist()
+    names = [config.forget] + ([config.override] if config.override_mode == "fixed" else [])
+    forget, *override = system.conditions([_label(system, name) for name in names]).values.tolist()
     if override and override[0] == forget:
         raise ConfigError(
             f"The override is the forgotten class {system.labels[forget]!r}",
@@ -118,8 +117,9 @@ def _labels(system: Diffusion, config: Config) -> tuple[int, int | None]:
     return forget, override[0] if override else None
 
 
-def _number(name: str) -> int | str:
-    return int(name) if name.isdecimal() else name
+def _label(system: Diffusion, name: int | str) -> int | str:
+    """A class by name, or by its number, which may be written as a text."""
+    return int(name) if isinstance(name, str) and name not in system.labels and name.isdecimal() else name
 
 
 def _class_conditions(system: Diffusion, data: Data, config: Config, run: Run) -> tuple[Any, ...]:
@@ -161,18 +161,18 @@ def _text_conditions(system: Diffusion, data: Data, config: Config, run: Run) ->
             where=system.spec,
             cure="Name an override phrase.",
         )
+    phrase, other = str(config.forget), str(config.override)
     prompts = [record.text for record in data.get("prompts") if isinstance(record, Text)]
-    kept = [text for text in prompts if config.forget.lower() not in text.lower()]
+    kept = [text for text in prompts if phrase.lower() not in text.lower()]
     if not kept:
         raise DataError(
-            f"No prompt without {config.forget!r}",
+            f"No prompt without {phrase!r}",
             where=f"part prompts, {len(prompts)} rows",
             cure="Give the texts of what is to be kept as the part prompts.",
         )
     keep = system.conditions(kept)
     forgotten, override = (
-        system.conditions([text.replace("{}", phrase) for text in config.templates])
-        for phrase in (config.forget, config.override)
+        system.conditions([text.replace("{}", each) for text in config.templates]) for each in (phrase, other)
     )
     both = keep.like(torch.cat([keep.values, forgotten.values]))
 
@@ -218,10 +218,11 @@ def _wanted(system: Diffusion, data: Data, config: Config) -> quality.Wanted:
         asked = [label for label in range(len(system.labels)) for _ in range(config.num_samples)]
         return quality.Wanted(tuple(asked), torch.tensor(asked), system.labels, forget, override)
     records = data.records("prompts", Labelled) if "prompts" in data else ()
-    names = tuple(dict.fromkeys([config.forget, config.override, *(str(record.label) for record in records)]))
-    forgotten = [text.replace("{}", config.forget) for text in config.templates]
-    pairs = [(text, config.forget) for text in (forgotten * config.num_samples)[: config.num_samples]]
-    pairs += [(record.text, str(record.label)) for record in records if str(record.label) != config.forget]
+    forget, override = str(config.forget), str(config.override)
+    names = tuple(dict.fromkeys([forget, override, *(str(record.label) for record in records)]))
+    forgotten = [text.replace("{}", forget) for text in config.templates]
+    pairs = [(text, forget) for text in (forgotten * config.num_samples)[: config.num_samples]]
+    pairs += [(record.text, str(record.label)) for record in records if str(record.label) != forget]
     if len(pairs) == config.num_samples:
         raise DataError(
             "There is no prompt of what is to be kept",

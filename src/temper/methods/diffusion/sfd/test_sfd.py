@@ -282,16 +282,16 @@ def test_a_teacher_of_velocities_serves() -> None:
 # wrong input
 
 
-@pytest.mark.parametrize(("forget", "override"), [("0", "circle"), ("star", "3")])
-def test_override_and_forget_may_not_be_the_same(forget: str, override: str) -> None:
+@pytest.mark.parametrize(("forget", "override"), [(0, "circle"), ("star", "3")])
+def test_override_and_forget_may_not_be_the_same(forget: int | str, override: int | str) -> None:
     with pytest.raises(ConfigError, match="forgotten class"):
         fit(tiny(), EMPTY, Config(**QUICK, forget=forget, override=override), Run())
     with pytest.raises(ValueError, match="the same"):
-        Config(forget="0", override="0")
+        Config(forget=0, override=0)
 
 
-@pytest.mark.parametrize("label", ["4", "stra", "-1"])
-def test_a_label_that_does_not_exist_is_refused(label: str) -> None:
+@pytest.mark.parametrize("label", ["4", "stra", -1])
+def test_a_label_that_does_not_exist_is_refused(label: int | str) -> None:
     with pytest.raises(ConfigError, match="no class"):
         fit(tiny(), EMPTY, Config(**QUICK, forget=label), Run())
 
