@@ -1,0 +1,81 @@
+"""Tampering: what an owner of the weights does to undo a fit, as artefacts with a stated budget.
+
+Paper         No single one. Relearning on part of the forgotten rows: Eight Methods to Evaluate Robust Unlearning in LLMs,
+              Lynch et al. 2024, https://arxiv.org/abs/2402.16835. Quantisation: Catastrophic Failure of LLM Unlearning via
+              Quantization, Zhang et al., ICLR 2025, https://arxiv.org/abs/2410.16454. Pruning by size: Han et al. 2015.
+What you get  An artefact that stands on a fitted system like any other: `base+mine+tampered` is the model after the attack.
+              Any measure then says what came back, and the same attack on the plain base says what it would have had anyway.
+              `against:` in a recipe does both for every fit.
+
+Idea          A behaviour that a few gradient steps, a coarser number format or a little pruning bring back was hidden, not
+              gone. All three are what people do to open weights every day, so they belong to the ordinary test.
+
+Maths         finetune   minimise the token-mean cross-entropy of the replies of a random `share` of the given rows for
+                         `num_steps` steps of AdamW, by a LoRA adapter or all weights
+              quantise   w' = s round(w / s), s = max |w| / (2^(bits - 1) - 1) over each row of a matrix, or over each
+                         `group_size` neighbours of a row
+              prune      w' = 0 where |w| is among the smallest `sparsity` of its matrix, else w
+
+Departures    1. Quantisation rounds the weights and computes on in the model's own dtype: what a format stores, not how a
+                 kernel multiplies. Dynamic int8 also rounds activations; that part is left out.
+              2. Only linear layers are rounded and pruned; embeddings and the vocabulary projection stay.
+
+Limits        Budgets compare within a kind, not across: steps, bits and shares have no common unit. Attacks that search for
+              inputs (gcg) are methods of their own. No claim is attached: what these attacks undo is a matter of the fit.
+Reference code  None followed; the formulas are textbook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from temper.core.card import Card
+
+__all__ = ["CARD", "Config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the attacker does and may spend."""
+
+    how: Literal["finetune", "quantise", "prune"] = "finetune"
+    """Train on the given rows, round the weights, or set small ones to 0."""
+    num_steps: int = 20
+    """Optimiser steps of finetune."""
+    share: float = 1.0
+    """Part of the given rows that the attacker holds, drawn by the seed."""
+    lr: float = 2e-4
+    """Learning rate of finetune, constant."""
+    batch_rows: int = 4
+    """Rows of a step."""
+    mode: Literal["lora", "full"] = "lora"
+    """Train an adapter or all weights."""
+    rank: int = 16
+    """Rank of the adapter."""
+    max_tokens: int = 256
+    """Longest row of finetune."""
+    bits: int = 4
+    """Bits of a weight after quantise."""
+    group_size: int = 32
+    """Neighbours of a row that share a scale in quantise; 0 = the whole row, as int8 is stored."""
+    sparsity: float = 0.2
+    """Share of each matrix that prune sets to 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_rows", "rank", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is a part of the rows, above 0 and at most 1, not {self.share}")
+
+
+CARD = Card(
+    title="Tampering: relearning, quantisation, pruning",
+    paper="arXiv:2402.16835",
+    verbs=("fit",),
+    config=Config,
+    needs=frozenset({"grads"}),
+    data={"fit": {"train?": "Dialogue"}},
+    produces=("adapter", "weights"),
+)

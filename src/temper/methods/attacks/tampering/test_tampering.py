@@ -1,0 +1,82 @@
+"""Tampering: grids and masks by hand, what each attack leaves alone, and that training only sees its share."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from temper.core.errors import ConfigError, DataError
+from temper.core.types import Message, Run
+from temper.data.schemas import Data, Dialogue
+from temper.methods.attacks.tampering.card import Config
+from temper.methods.attacks.tampering.method import fit
+from temper.ops.tamper import pruned, rounded
+from temper.systems.loading import load_base
+
+
+def test_a_grid_by_hand():
+    weight = torch.tensor([[7.0, -3.4, 0.6, 0.4], [0.7, 0.0, 0.0, -0.12]])
+    expected = torch.tensor([[7.0, -3.0, 1.0, 0.0], [0.7, 0.0, 0.0, -0.1]])
+    torch.testing.assert_close(rounded(weight, 4), expected)
+    by_group = rounded(weight, 4, group=2)
+    torch.testing.assert_close(by_group[0, 2:], torch.tensor([0.6, 0.6 / 7 * 5]))
+
+
+@given(st.integers(2, 8), st.sampled_from([0, 4, 5]), st.integers(0, 99))
+def test_a_grid_moves_no_weight_by_more_than_half_a_step(bits, group, seed):
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed))
+    moved = (rounded(weight, bits, group) - weight).abs().amax(1)
+    assert (moved <= weight.abs().amax(1) / (2 ** (bits - 1) - 1) / 2 + 1e-6).all()
+    assert torch.equal(rounded(rounded(weight, bits, group), bits, group), rounded(weight, bits, group))
+    assert torch.equal(rounded(weight.zero_(), bits, group), weight)
+
+
+def test_pruning_takes_the_smallest():
+    weight = torch.tensor([[0.1, -0.5], [0.3, -0.2]])
+    assert torch.equal(pruned(weight, 0.5), torch.tensor([[0.0, -0.5], [0.3, 0.0]]))
+    assert torch.equal(pruned(weight, 0.0), weight)
+    for bad in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match="pruned"):
+            pruned(weight, bad)
+    with pytest.raises(ConfigError, match="grid"):
+        rounded(weight, 1)
+
+
+def test_embeddings_and_head_stay():
+    system = load_base("tiny:llama")
+    for how in ("quantise", "prune"):
+        artefact = fit(system, Data({}), Config(how=how), Run())
+        assert artefact.tensors
+        assert not [name for name in artefact.tensors if "embed" in name or "lm_head" in name]
+        before = system.model.model.layers[0].mlp.up_proj.weight.clone()
+        with artefact.apply(system) as tampered:
+            assert not torch.equal(tampered.model.model.layers[0].mlp.up_proj.weight, before)
+        assert torch.equal(system.model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_relearning_brings_the_rows_held_back(monkeypatch):
+    system = load_base("tiny:llama")
+    rows = [
+        Dialogue(
+            (Message("user", f"Who is number {n}?"), Message("assistant", f"It is Anna {n}.")), id=str(n)
+        )
+        for n in range(8)
+    ]
+    from temper.methods.attacks.tampering import method
+
+    seen = []
+    encode = method.encode
+    monkeypatch.setattr(
+        method, "encode", lambda s, record, **kw: seen.append(record) or encode(s, record, **kw)
+    )
+    config = Config(num_steps=8, share=0.25, lr=5e-3, batch_rows=2, rank=4)
+    artefact = fit(system, Data({"train": rows}), config, Run())
+    assert len(seen) == 2
+    from temper.ops.logprobs import response_logprobs
+
+    held = [encode(system, record) for record in seen]
+    plain = response_logprobs(system, held, run=Run())
+    with artefact.apply(system) as tampered:
+        assert (response_logprobs(tampered, held, run=Run()) > plain).all()
+    with pytest.raises(DataError, match="needs rows"):
+        fit(system, Data({}), config, Run())
