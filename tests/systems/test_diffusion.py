@@ -176,6 +176,35 @@ def test_pixels_and_the_models_space_are_inverse(system: Diffusion) -> None:
     assert torch.allclose(system.to_pixels(system.from_pixels(pixels)), pixels, atol=1e-6)
 
 
+def test_a_hub_name_is_downloaded_without_what_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    save_pipeline(load_diffusion("tiny:unet", Wanted()), tmp_path)
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "download",
+        lambda name, **settings: asked.update(settings, name=name) or str(tmp_path),
+    )
+    assert load_diffusion("owner/name", Wanted(revision="abc")).labels[3] == "star"
+    assert (asked["name"], asked["revision"], asked["use_safetensors"]) == ("owner/name", "abc", True)
+    assert asked["safety_checker"] is None
+    assert asked["trust_remote_code"] is False
+
+
+def test_a_hub_that_cannot_be_reached_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import DiffusionPipeline
+
+    def offline(*args: object, **settings: object) -> None:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
+    with pytest.raises(NeedsError, match="cannot be reached"):
+        load_diffusion("owner/name", Wanted())
+
+
 def broken(folder: Path, part: str, value: object) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     index[part] = value

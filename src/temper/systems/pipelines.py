@@ -38,17 +38,16 @@ def read_pipeline(name: str, wanted: Wanted) -> Diffusion:
     Raises ModelError for a pipeline that lacks a part, takes no condition or whose parts do not fit, NeedsError where
     diffusers is missing or a world's model is not made yet.
     """
-    source = str(_folder(name) or name)
-    index = _index(Path(source), name) if Path(source).is_dir() else {}
-    absent = {part: None for part, entry in index.items() if entry == [None, None]}
-    with _explained(name):
+    with _explained(name), _quiet():
         from diffusers import DiffusionPipeline
 
-        with _quiet():
-            pipeline = DiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, **{**dict.fromkeys(UNUSED), **absent}, **wanted.common()
-            )
-    return _assembled(pipeline, index or dict(pipeline.config), name)
+        folder = _folder(name, wanted)
+        index = _index(folder, name)
+        absent = [part for part, entry in index.items() if entry == [None, None]]
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, use_safetensors=True, **dict.fromkeys([*UNUSED, *absent]), **wanted.common()
+        )
+    return _assembled(pipeline, index, name)
 
 
 def save_pipeline(system: Diffusion, folder: Path | str) -> None:
@@ -188,14 +187,20 @@ def _tiny_texts(scheduler: Any) -> Diffusion:
     return Diffusion(model, scheduler, (), tokenizer, CLIPTextModel(text).eval())
 
 
-def _folder(name: str) -> Path | None:
-    """The folder a name stands for, None for a hub name."""
+def _folder(name: str, wanted: Wanted) -> Path:
+    """The folder a name stands for; of a hub name what is needed is downloaded."""
     if name.startswith("world:"):
         from temper.data.worlds.folders import world_folder
 
         return world_folder(name.removeprefix("world:"))
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else None
+    if folder.is_dir():
+        return folder
+    from diffusers import DiffusionPipeline
+
+    return Path(
+        DiffusionPipeline.download(name, use_safetensors=True, **dict.fromkeys(UNUSED), **wanted.common())
+    )
 
 
 def _index(folder: Path, name: str) -> dict[str, Any]:
@@ -235,7 +240,6 @@ def _check_index(index: Mapping[str, Any], name: str) -> None:
 
 
 def _assembled(pipeline: Any, index: Mapping[str, Any], name: str) -> Diffusion:
-    _check_index(index, name)
     model = pipeline.unet
     texts = getattr(pipeline, "text_encoder", None)
     named = index.get("id2label") or {}
