@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from temper.core.errors import DataError
+from temper.data.loading import load_data
+from temper.data.pictures import Picture
+from temper.data.schemas import Labelled
 from temper.data.splits import split_parts
 
 
@@ -27,6 +31,17 @@ def test_parts_with_their_class_names(tmp_path: Path) -> None:
     (row,) = parts["train"]
     assert row.values == {"image": "a.png", "label": 3, "name": "sea_horse"}
     assert row.place.folder == tmp_path / "pictures", "the folder that holds the first picture"
+
+
+def test_a_split_file_is_data_with_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(Picture.from_array(np.zeros((4, 4, 3), np.uint8)).png())
+    path = write(tmp_path, {"train": [["a.png", 3, "sea_horse"]], "test": [["a.png", 3, "sea_horse"]]})
+    data = load_data(str(path), {"train": "Labelled", "test": "Labelled"})
+    (record,) = data["test"]
+    assert isinstance(record, Labelled)
+    assert (record.label, record.extra["name"]) == (3, "sea_horse")
+    assert record.image is not None
+    assert record.image.array().shape == (4, 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from temper.core.errors import ConfigError, DataError
+from temper.data.loading import load_data
 from temper.data.schemas import Captioned, Data, Dialogue, Labelled
 from temper.data.worlds import load_world, world_sets
 from temper.data.worlds.captions import scenes as scenes_module
@@ -275,6 +276,19 @@ def test_names_narrow_a_set() -> None:
     assert names[9].extra["name"] == "orange square"
     filled = load_world("captions:SSL32:test", 40)["test"]
     assert len({(record.label, record.extra["name"]) for record in filled}) == 20  # type: ignore[attr-defined]
+
+
+def test_worlds_are_data_like_any_other() -> None:
+    data = load_data("world:captions:DOM32:sketch", {"train": "Labelled", "test": "Labelled"}, limit=5)
+    assert {part: len(rows) for part, rows in data.items()} == {"train": 5, "val": 5, "test": 5}
+    assert data["test"] == load_world("captions:DOM32:sketch:test", 5)["test"]
+    assert load_data("world:captions:CAP16:val", "Captioned", limit=2).source == "world:captions:CAP16:val"
+    named = load_data({"train": "world:captions:CLS16:grey:test"}, limit=3)
+    assert list(named) == ["train"]
+    with pytest.raises(DataError, match=r"records are Captioned, not Labelled.*CAP32"):
+        load_data("world:captions:CAP32", {"train": "Labelled"}, limit=1)
+    with pytest.raises(ConfigError, match="no set 'CAP33'"):
+        load_data("world:captions:CAP33")
 
 
 @pytest.mark.parametrize(

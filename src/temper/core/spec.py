@@ -1,7 +1,7 @@
 """The short names of systems and data, parsed.
 
 system   base[+artefact[@strength]]...      smollm2-135m+runs/refusal-7f3a@0.8
-data     builtin:NAME[:PART]  asset:NAME[:PART]  hub:owner/name[:config][:split]  FILE  FOLDER/  STEP-ID
+data     builtin:NAME[:PART]  asset:NAME[:PART]  world:WORLD:SET[:STYLE][:PART]  hub:owner/name[:config][:split]  FILE  FOLDER/  STEP-ID
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SystemSpec:
 class DataSpec:
     """Where data comes from: `kind`, its name, and the rest of the colon-separated fields."""
 
-    kind: Literal["builtin", "asset", "hub", "file", "folder", "step"]
+    kind: Literal["builtin", "asset", "world", "hub", "file", "folder", "step"]
     name: str
     fields: tuple[str, ...] = ()
 
@@ -81,7 +81,7 @@ def parse_data(text: str) -> DataSpec:
     A folder ends in "/", or is there and is no plain word: that is a step's id.
     """
     head, *rest = text.split(":")
-    if head in ("builtin", "asset", "hub"):
+    if head in ("builtin", "asset", "world", "hub"):
         if not rest or not rest[0]:
             raise ConfigError(f"Data spec {text!r} names nothing after {head}:", cure=f"Write {head}:NAME.")
         return DataSpec(head, rest[0], tuple(rest[1:]))  # type: ignore[arg-type]
@@ -93,6 +93,6 @@ def parse_data(text: str) -> DataSpec:
         return DataSpec("folder", text)
     raise ConfigError(
         f"Data spec {text!r} is not understood",
-        cure="Use builtin:NAME, asset:NAME, hub:owner/name[:config][:split], a .jsonl, .csv or .parquet file, "
+        cure="Use builtin:NAME, asset:NAME, world:captions:SET, hub:owner/name[:config][:split], a .jsonl, .csv or .parquet file, "
         "or a folder.",
     )

@@ -16,9 +16,13 @@ from pathlib import Path
 from temper.core.errors import ConfigError, DataError, NeedsError, StoreError, nearest
 from temper.core.spec import DATA_SUFFIXES, DataSpec, parse_data
 from temper.core.types import Json
-from temper.data.columns import check_schema, from_row, infer_schema
+from temper.data.columns import Place, check_schema, from_row, infer_schema
+from temper.data.docstrings import NAME as DOCSTRINGS
+from temper.data.docstrings import ensure_docstrings
 from temper.data.readers import NumberedRow, image_parts, read_rows, rows_of
+from temper.data.retrieval import beir_rows, is_beir
 from temper.data.schemas import Data, Record, to_row
+from temper.data.splits import split_parts
 
 __all__ = ["builtin_names", "load_data", "write_jsonl"]
 
@@ -37,8 +41,8 @@ def load_data(
     """The data that a spec names, checked row by row.
 
     spec     "FILE" gives one part, "train"; "FOLDER/" a part for each file of rows in it, or of images, see
-             `readers.image_parts`; a mapping names the parts; `builtin:NAME`, `asset:NAME` and
-             `hub:owner/name` give all their parts, `:PART` at the end one. Where `schemas` wants one part
+             `readers.image_parts`, and a BEIR folder its corpus and splits, see `retrieval.read_beir`; a mapping names the parts; `builtin:NAME`, `asset:NAME`, `world:WORLD:SET`
+             and `hub:owner/name` give all their parts, `:PART` at the end one. Where `schemas` wants one part
              and it is missing, the only part, or "train", takes its name
     schemas  one schema for all parts, or part -> schema, a part ending in "?" may be missing; what is
              not given is inferred from the columns
@@ -54,7 +58,7 @@ def load_data(
         raise ConfigError("No data is named", cure="Give a data spec, or part=spec.")
     parts: dict[str, tuple[Record, ...]] = {}
     for part, text in sources.items():
-        found = _open(parse_data(text))
+        found = _open(parse_data(text), limit)
         found = {part: _only(found, text)} if part else _named(found, schemas)
         for name, rows in found.items():
             schema = schemas if isinstance(schemas, str) else wanted.get(name)
@@ -91,10 +95,16 @@ def _check_parts(data: Data, schemas: Schemas | str | None) -> None:
 Rows = Iterator[NumberedRow]
 
 
-def _open(spec: DataSpec) -> dict[str, Rows]:
-    """Part -> its rows, not read yet."""
+def _open(spec: DataSpec, limit: int | None) -> dict[str, Rows]:
+    """Part -> its rows, not read yet; a world makes no more than `limit` records."""
+    if spec.kind == "world":
+        from temper.data.worlds import load_world
+
+        drawn = load_world(":".join([spec.name, *spec.fields]), limit)
+        return {part: _made(records, f"{spec}:{part}") for part, records in drawn.items()}
     if spec.kind == "file":
-        return {Data.default_part: read_rows(Path(spec.name))}
+        path = Path(spec.name)
+        return split_parts(path) or {Data.default_part: read_rows(path)}
     if spec.kind == "folder":
         return _folder(Path(spec.name).expanduser())
     if spec.kind == "builtin":
@@ -102,7 +112,8 @@ def _open(spec: DataSpec) -> dict[str, Rows]:
     if spec.kind == "asset":
         from temper.data.assets import fetch
 
-        return _choose(_folder_parts(fetch(spec.name)), spec)
+        made = ensure_docstrings() if spec.name == DOCSTRINGS else fetch(spec.name)
+        return _choose(_folder_parts(made), spec)
     if spec.kind == "hub":
         return _hub(spec)
     raise ConfigError(
@@ -110,6 +121,11 @@ def _open(spec: DataSpec) -> dict[str, Rows]:
         cure="Use builtin:NAME, asset:NAME, hub:owner/name or a .jsonl, .json, .csv or .parquet file; "
         "a step's id works only inside a recipe, after that step; a folder ends in /.",
     )
+
+
+def _made(records: Iterable[Record], source: str) -> Rows:
+    """Records that are ready, as rows."""
+    return (NumberedRow(record, Place(source, number)) for number, record in enumerate(records, start=1))
 
 
 def _only(found: dict[str, Rows], text: str) -> Rows:
@@ -156,6 +172,8 @@ def _folder(folder: Path) -> dict[str, Rows]:
     """A user's folder: its files of rows, or images in a folder for each class."""
     if not folder.is_dir():
         raise DataError("There is no such folder", where=str(folder), cure="Check the path.")
+    if is_beir(folder):
+        return beir_rows(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES)
     twice = [path for path, other in pairwise(files) if path.stem == other.stem]
     if twice:
@@ -238,6 +256,9 @@ def _records(rows: Rows, schema: str | None, part: str, limit: int | None) -> It
     """Checked records; a row without an id is named after its part and its number."""
     seen: dict[str, int] = {}
     for values, place in islice(rows, limit):
+        if isinstance(values, Record):
+            yield _as_wanted(values, schema, place)
+            continue
         if schema is None:
             schema = infer_schema(values, place)
         record = from_row(values, schema, place, default_id=f"{part}-{place.row}")
@@ -249,6 +270,14 @@ def _records(rows: Rows, schema: str | None, part: str, limit: int | None) -> It
             )
         seen[record.id] = place.row
         yield record
+
+
+def _as_wanted(record: Record, schema: str | None, place: Place) -> Record:
+    if schema not in (None, type(record).__name__):
+        raise place.error(
+            f"This world's records are {type(record).__name__}, not {schema}", cure="Choose another set."
+        )
+    return record
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record]) -> None:
