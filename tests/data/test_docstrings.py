@@ -6,6 +6,7 @@ import pytest
 
 from temper.core.errors import NeedsError
 from temper.data.docstrings import SHARES, Pair, docstring_pairs, ensure_docstrings, split_modules
+from temper.data.loading import load_data
 
 MODULE = '''
 def spell(word):
@@ -84,4 +85,6 @@ def test_made_once_for_this_python(tmp_path, monkeypatch):
     assert before.count(b"\n") > 1000
     monkeypatch.setattr("temper.data.docstrings.docstring_pairs", None)
     assert ensure_docstrings() == folder
+    found = load_data("asset:stdlib-docstrings:test", "Ranking", limit=3)
+    assert len(found.rows) == 3
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from temper.core.errors import DataError
+from temper.data.loading import load_data
 from temper.data.retrieval import (
     beir_rows,
     corpus_of,
@@ -67,6 +68,14 @@ def test_rows_of_a_folder(tmp_path):
     (first, *_) = rows["test"]
     assert first.values["query_id"] == "q1"
     assert len(list(rows["corpus"])) == 3
+
+
+def test_load_data_knows_the_folder(tmp_path):
+    data = load_data(f"{beir(tmp_path)}/", {"test": "Ranking", "corpus?": "Text"})
+    assert {part: len(data[part]) for part in data} == {"corpus": 3, "test": 2}
+    assert len(questions_of(data.records("test", Ranking), corpus_of(data))) == 1
+    cut = load_data(f"{tmp_path}/", {"test": "Ranking"}, limit=1)
+    assert corpus_of(cut).texts == ("One first text",)
 
 
 def test_missing_files_are_named(tmp_path):
