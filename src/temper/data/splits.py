@@ -19,9 +19,11 @@ def split_parts(path: Path) -> dict[str, Iterator[NumberedRow]] | None:
     Paths start from the file's folder, or from the first folder beside the file that holds them. Raises DataError for a row that
     is not a path, a number and a name.
     """
+    if path.suffix.lower() != ".json":
+        return None
     try:
         with path.open("rb") as file:
-            if path.suffix.lower() != ".json" or file.read(64).lstrip()[:1] != b"{":
+            if file.read(64).lstrip()[:1] != b"{":
                 return None
         content = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError):
