@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -140,5 +141,12 @@ def test_specs_of_folders(tmp_path, monkeypatch):
 def test_a_broken_image_is_named_when_it_is_looked_at(tmp_path):
     path = write(tmp_path / "c" / "a.png", b"not a png")
     (record,) = load_data(f"{tmp_path}/").rows
-    with pytest.raises(DataError, match=f"Not an image.*{path.name}"):
+    with pytest.raises(DataError, match=rf"Not an image: cannot identify image file \(.*{path.name}"):
         record.image.array()
+
+
+def test_16_bits_are_scaled_not_cut():
+    Image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    Image.fromarray((np.arange(16, dtype=np.uint16) * 4096).reshape(4, 4)).save(out, "PNG")
+    assert Picture.from_bytes(out.getvalue()).array().ravel().tolist() == list(range(0, 256, 16))

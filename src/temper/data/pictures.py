@@ -76,7 +76,10 @@ class Picture:
 
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            grey = image.mode in ("1", "L", "I", "I;16", "F")
+            if image.mode.startswith("I;16"):
+                # Pillow would cut 16 bits at 255 instead of scaling them.
+                return (np.array(image) >> 8).astype(np.uint8)[:, :, None]
+            grey = image.mode in ("1", "L", "I", "F")
             array = np.array(image.convert("L" if grey else "RGB"))
         return array[:, :, None] if grey else array
 
@@ -138,5 +141,6 @@ class Picture:
             Image.DecompressionBombError,
         ) as error:
             where = str(self.path) if self.path else f"{len(self.encoded or b'')} bytes"
-            raise DataError(f"Not an image: {error}", where=where, cure="Give a PNG or JPEG file.") from None
+            what = str(error).partition(" <")[0]  # without the address of a buffer
+            raise DataError(f"Not an image: {what}", where=where, cure="Give a PNG or JPEG file.") from None
         return image
