@@ -12,15 +12,9 @@ from temper.core.types import Row, Run
 from temper.data.schemas import Data
 from temper.methods.unlearning.npo import metrics, path, toy
 from temper.methods.unlearning.npo.card import LEARN, Config
-from temper.methods.unlearning.npo.training import (
-    curve_figures,
-    encode_answers,
-    prepare,
-    train_settings,
-    tune,
-    unlearn,
-)
+from temper.methods.unlearning.npo.training import encode_answers, prepare, tune, unlearn
 from temper.ops.train import SftObjective, train
+from temper.ops.unlearning import curve_figures, train_settings
 from temper.systems.causal_lm import CausalLM
 
 __all__ = ["fit", "learn", "measure"]
@@ -54,7 +48,7 @@ def learn(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
             tuned.parameters(),
             lambda epoch: examples,
             SftObjective(tuned.system.pad_id, tuned.system.device),
-            train_settings(len(examples), config),
+            train_settings(len(examples), config, log_every=1 if config.max_forget_nll else 10),
             run,
             length=lambda example: len(example.ids),
         )

@@ -5,7 +5,6 @@ Everything is teacher-forced except the replies, which are greedy (Departure 3).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from temper.core.types import Row, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.unlearning.npo.card import Config
 from temper.methods.unlearning.npo.reference import Reference, load_reference
-from temper.ops import stats, text
+from temper.ops import stats
 from temper.ops.batching import Example, collate, encode, plan_batches
-from temper.ops.generate import Reply, Sampling, generate
 from temper.ops.logprobs import position_logits, response_logprobs
+from temper.ops.membership import min_k
 from temper.ops.precision import autocast, eval_mode
+from temper.ops.tofu_metrics import fluency_rows, raw_rows, write_examples
 from temper.systems.causal_lm import CausalLM
 
 __all__ = [
@@ -30,22 +30,17 @@ __all__ = [
     "Answer",
     "answer_tokens",
     "extraction_strength",
-    "fluency_rows",
     "forget_quality",
     "forget_truth",
     "kept_truth",
     "log_truth_ratio",
-    "mean_row",
     "measure",
     "membership_auc",
-    "min_k",
     "privleak",
-    "raw_rows",
     "reference_rows",
     "split_scores",
     "truth_scores",
     "utility_row",
-    "write_examples",
     "wrong_answers",
 ]
 
@@ -88,11 +83,6 @@ def extraction_strength(greedy_T: Tensor) -> float:
     wrong = (~greedy_T).nonzero()
     first = int(wrong[-1]) + 1 if len(wrong) else 0
     return 1 - first / len(greedy_T)
-
-
-def min_k(logp_T: Tensor, share: float = MIN_K) -> float:
-    """Mean of the least likely `share` of the tokens' log-probabilities: high for a text the model has seen."""
-    return float(logp_T.sort().values[: max(1, int(share * len(logp_T)))].mean())
 
 
 def privleak(auc: float, auc_ref: float) -> float | None:
@@ -180,7 +170,7 @@ def split_scores(
         "log_truth_ratio": ratios,
         "exact_memorisation": [float(answer.greedy_T.float().mean()) for answer in answers],
         "extraction_strength": [extraction_strength(answer.greedy_T) for answer in answers],
-        "min_k_nats": [min_k(answer.logp_T) for answer in answers],
+        "min_k_nats": [min_k(answer.logp_T, MIN_K) for answer in answers],
     }
 
 
@@ -193,59 +183,6 @@ def _probability(answer: Answer, truth: tuple[float, list[float]] | None, split:
     return float(torch.tensor([own, *truth[1]], dtype=torch.float64).softmax(0)[0])
 
 
-BETTER: Mapping[tuple[bool, str], bool] = {
-    (is_forget, name): not is_forget
-    for is_forget in (True, False)
-    for name in ("probability", "exact_memorisation", "extraction_strength", "rouge")
-} | {(True, "truth_ratio"): True, (False, "truth_ratio"): True}
-
-
-def mean_row(metric: str, values: Sequence[float], split: str, better: bool | None) -> Row:
-    """A mean with its interval."""
-    mean = stats.mean_ci(values)
-    low, high = (mean.low, mean.high) if math.isfinite(mean.low) else (None, None)
-    return Row(
-        metric=metric, value=mean.value, n=mean.n, stderr=mean.stderr, low=low, high=high, split=split,
-        higher_is_better=better,
-    )  # fmt: skip
-
-
-def raw_rows(scores: Mapping[str, Sequence[float | None]], ids: Sequence[str], split: str) -> Iterator[Row]:
-    """One row an item and one mean for each metric; a metric that no row has is None and says why."""
-    for name, values in scores.items():
-        metric, better = f"{split}_{name}", BETTER.get((split == "forget", name))
-        known = [value for value in values if value is not None]
-        if not known:
-            note = "no row has a column perturbed_answer"
-            yield Row(metric=metric, value=None, n=0, split=split, higher_is_better=better, note=note)
-            continue
-        yield mean_row(metric, known, split, better)
-        for item, value in zip(ids, values, strict=True):
-            if value is not None:
-                yield Row(metric=metric, value=value, item=item, split=split, higher_is_better=better)
-
-
-def fluency_rows(
-    system: CausalLM, records: Sequence[Any], split: str, config: Config, run: Run
-) -> tuple[list[Reply], list[Row]]:
-    """Greedy replies to the prompts, and rows of their ROUGE-L recall, repetition and distinct bigrams."""
-    sampling = Sampling(max_new_tokens=config.reply_tokens, seed=run.seed)
-    replies = generate(system, [record.prompt for record in records], sampling, run)
-    scores: dict[str, list[float | None]] = {
-        "rouge": [
-            text.rouge_l_recall(r.text, record.reply) for r, record in zip(replies, records, strict=True)
-        ],
-        # Of tokens: a broken reply may hold no words.
-        "repetition": [text.repetition_rate(reply.ids) for reply in replies],
-    }
-    rows = list(raw_rows(scores, [record.id for record in records], split))
-    distinct = text.distinct_n([reply.text for reply in replies])
-    rows.append(
-        Row(metric=f"{split}_distinct_2", value=distinct, n=len(replies), split=split, higher_is_better=True)
-    )
-    return replies, rows
-
-
 def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """Every split's rows, then what is made of several: utility, forget quality, PrivLeak."""
     reference = load_reference(config, system, data, run, split_scores)
@@ -256,7 +193,7 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
         scores = split_scores(system, records, split, config, run)
         rows = list(raw_rows(scores, [record.id for record in records], split))
         if config.reply_tokens:
-            replies, more = fluency_rows(system, records, split, config, run)
+            replies, more = fluency_rows(system, records, split, config.reply_tokens, run)
             rows += more
             if split == "forget":
                 write_examples(run, records, replies)
@@ -316,19 +253,3 @@ def membership_auc(items: Mapping[str, Sequence[float]]) -> float | None:
     if not members or not others:
         return None
     return stats.auroc([*members, *others], [1] * len(members) + [0] * len(others))
-
-
-def write_examples(run: Run, records: Sequence[Any], replies: Sequence[Reply], most: int = 24) -> None:
-    """Forget questions with their answer and what the model writes now, for the report."""
-    if run.folder is None:
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "examples.jsonl").open("w", encoding="utf-8") as file:
-        for record, reply in list(zip(records, replies, strict=True))[:most]:
-            row = {
-                "id": record.id,
-                "prompt": record.prompt[-1].content,
-                "before": record.reply,
-                "after": reply.text,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

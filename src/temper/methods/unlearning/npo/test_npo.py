@@ -26,6 +26,7 @@ from temper.methods.unlearning.npo import losses, training
 from temper.methods.unlearning.npo.card import FORGET_NAMES, TERM_NAMES, Config, loss_parts
 from temper.methods.unlearning.npo.method import fit, measure
 from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective, kl_sum, positions
+from temper.ops import unlearning
 from temper.ops.batching import Example, collate, encode
 from temper.ops.logprobs import position_logits, response_logprobs
 from temper.ops.objectives import SumCount
@@ -363,11 +364,13 @@ def test_departure_5_an_idk_reply_is_drawn_once(system: Any, people: Data) -> No
 
 
 def test_departure_7_small_forget_sets_get_enough_steps() -> None:
-    assert training.num_steps(12, Config()) == 60, "ten epochs of twelve rows would be ten steps"
-    assert training.num_steps(400, Config()) == 130
-    assert training.num_steps(12, Config(min_steps=0)) == 10
-    assert training.num_steps(400, Config(max_steps=7)) == 7
-    assert training.train_settings(400, Config()).warmup_ratio == pytest.approx(0.1), "the first epoch of ten"
+    assert unlearning.num_steps(12, Config()) == 60, "ten epochs of twelve rows would be ten steps"
+    assert unlearning.num_steps(400, Config()) == 130
+    assert unlearning.num_steps(12, Config(min_steps=0)) == 10
+    assert unlearning.num_steps(400, Config(max_steps=7)) == 7
+    assert unlearning.train_settings(400, Config()).warmup_ratio == pytest.approx(0.1), (
+        "the first epoch of ten"
+    )
 
 
 def test_departure_9_gradient_ascent_is_stopped_and_named(

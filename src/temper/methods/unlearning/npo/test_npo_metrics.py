@@ -1,4 +1,4 @@
-"""The TOFU report by hand, its undefined cases, the reference, the reading of the way, and the logistic toy."""
+"""The TOFU report by hand, its undefined cases, the reference, and the logistic toy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from temper.core.errors import ConfigError
 from temper.core.types import Message, Row, Run
 from temper.data.loading import load_data
 from temper.data.schemas import Data, Dialogue
-from temper.methods.unlearning.npo import metrics, path, toy
+from temper.methods.unlearning.npo import metrics, toy
 from temper.methods.unlearning.npo.card import Config
 from temper.methods.unlearning.npo.method import measure
 from temper.methods.unlearning.npo.reference import load_reference, read_rows
+from temper.ops import tofu_metrics
 from temper.ops.batching import encode
 from temper.ops.logprobs import response_logprobs
 from temper.store import lines
@@ -79,7 +80,6 @@ def test_memorisation_by_hand() -> None:
     assert strength(False, True, True, True) == 0.75, "from the second token on all is greedy: k = 1"
     assert strength(True, True, False, True) == 0.25
     assert strength(True, True, True, False) == 0
-    assert metrics.min_k(torch.tensor([-1.0, -5.0, -3.0, -2.0, -4.0]), 0.4) == pytest.approx(-4.5)
 
 
 def test_privleak_by_hand() -> None:
@@ -194,35 +194,10 @@ def test_rows_without_wrong_answers_have_no_truth_ratio(system: Any) -> None:
 
 def test_departure_3_replies_are_greedy(system: Any, people: Data) -> None:
     first, second = (
-        metrics.fluency_rows(system, people["forget"][:2], "forget", Config(reply_tokens=5), Run(seed=seed))[
-            0
-        ]
+        tofu_metrics.fluency_rows(system, people["forget"][:2], "forget", 5, Run(seed=seed))[0]
         for seed in (0, 1)
     )
     assert [reply.ids for reply in first] == [reply.ids for reply in second]
-
-
-# ---- the way
-
-
-def test_levels_are_read_between_looks() -> None:
-    looks = [
-        {"step": 0.0, "forget": 0.9, "retain/0": 0.8, "retain/1": 0.6},
-        {"step": 2.0, "forget": 0.3, "retain/0": 0.5, "retain/1": 0.6},
-        {"step": 4.0, "forget": 0.1, "retain/0": 0.4, "retain/1": 0.2},
-    ]
-    found = path.at_level(looks, 0.5)
-    assert found is not None
-    assert found["step"] == pytest.approx(4 / 3)
-    assert found["retain/0"] == pytest.approx(0.8 - 0.3 * 2 / 3)
-    assert found["retain/1"] == pytest.approx(0.6)
-    assert path.at_level(looks, 0.3)["step"] == 2  # type: ignore[index]
-    assert path.at_level(looks, 0.05) is None
-    rows = list(path.level_rows(looks, ["a", "b"], (0.5, 0.05)))
-    assert items(rows, "retain_probability_at_0.5") == pytest.approx({"a": 0.6, "b": 0.6})
-    assert one(rows, "retain_probability_at_0.05").value is None
-    rising = [{**look, "forget": 1 - look["forget"]} for look in looks]
-    assert path.at_level(rising, 0.5) is None, "a crossing upwards is not forgetting"
 
 
 # ---- the toy

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +19,19 @@ from temper.methods.unlearning.npo.losses import Loss, parse
 from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
 from temper.ops.batching import Example, encode
 from temper.ops.logprobs import reference_logprobs, response_logprobs
-from temper.ops.train import TrainLog, TrainSettings, train
+from temper.ops.train import TrainLog, train
+from temper.ops.unlearning import Watch, train_settings
 from temper.systems.causal_lm import CausalLM
 
 __all__ = [
     "Rows",
-    "Watch",
     "check_reference",
-    "curve_figures",
     "diverged",
     "encode_answers",
     "idk_rows",
-    "num_steps",
     "pairs",
     "prepare",
     "report_outcome",
-    "train_settings",
     "tune",
     "unlearn",
 ]
@@ -114,57 +110,12 @@ def pairs(rows: Rows, seed: int, epoch: int) -> list[Pair]:
     ]
 
 
-def num_steps(num_rows: int, config: Config) -> int:
-    """Optimiser steps: the epochs', at least `min_steps` (Departure 7), at most `max_steps`."""
-    steps = math.ceil(config.num_epochs * math.ceil(num_rows / config.batch_rows))
-    steps = max(steps, config.min_steps)
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
-def train_settings(num_rows: int, config: Config) -> TrainSettings:
-    """Warm-up over the first epoch, then the schedule."""
-    steps = num_steps(num_rows, config)
-    warmup = config.warmup_epochs * math.ceil(num_rows / config.batch_rows)
-    return TrainSettings(
-        lr=config.lr,
-        max_steps=steps,
-        batch_rows=config.batch_rows,
-        schedule=config.schedule,
-        warmup_ratio=min(1.0, warmup / steps),
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        log_every=1 if config.max_forget_nll else 10,
-    )
-
-
 def tune(config: Config, run: Run) -> Tune:
     """What is trained; weights that stay frozen are held in the run's precision."""
     low = run.precision == "bf16" and config.mode == "lora"
     return Tune(
         mode=config.mode, r=config.rank, alpha=2.0 * config.rank, frozen_dtype="bf16" if low else "same"
     )
-
-
-class Watch:
-    """Mean and single answer probabilities of forget and retain rows; `look` is what a training callback returns.
-
-    Keys are "forget" and "retain" (means) and "PART/NUMBER" (single rows).
-    """
-
-    def __init__(self, system: CausalLM, rows: Rows, config: Config, run: Run) -> None:
-        self.system, self.run = system, run
-        self.parts = {"forget": rows.forget[: config.watch_rows], "retain": rows.retain[: config.watch_rows]}
-
-    def look(self, step: int) -> dict[str, float]:
-        """Length-normalised answer probabilities now."""
-        found: dict[str, float] = {}
-        for part, examples in self.parts.items():
-            if not examples:
-                continue
-            values = response_logprobs(self.system, examples, reduce="mean", run=self.run).exp().tolist()
-            found[part] = sum(values) / len(values)
-            found |= {f"{part}/{number}": value for number, value in enumerate(values)}
-        return found
 
 
 def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainLog, list[dict[str, float]]]:
@@ -179,14 +130,16 @@ def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainL
         reference=tuned.reference,
         width=max(len(row.ids) for row in (*rows.forget, *rows.retain)),
     )
-    watch = Watch(system, rows, config, run)
+    watched = {"forget": rows.forget[: config.watch_rows], "retain": rows.retain[: config.watch_rows]}
+    watch = Watch(system, watched, run)
     looks = [{"step": 0.0, **watch.look(0)}] if config.watch_every else []
     log = train(
         system.model,
         tuned.parameters(),
         lambda epoch: pairs(rows, run.seed, epoch),
         objective,
-        train_settings(len(rows.forget), config),
+        # Asked at every step whether it has diverged.
+        train_settings(len(rows.forget), config, log_every=1 if config.max_forget_nll else 10),
         run,
         length=lambda pair: pair.num_tokens,
         every=config.watch_every,
@@ -248,30 +201,3 @@ def report_outcome(log: TrainLog, config: Config) -> None:
             watched[0],
             watched[-1],
         )
-
-
-def curve_figures(looks: Sequence[Mapping[str, float]], name: str) -> dict[str, Any]:
-    """What was kept against what was forgotten, and both over the steps, for the report."""
-    if not looks:
-        return {}
-    steps = [look["step"] for look in looks]
-    lines = {
-        part: {"x": steps, "y": [look[part] for look in looks]}
-        for part in ("forget", "retain")
-        if part in looks[0]
-    }
-    curves = {
-        "Answer probability while unlearning": {
-            "x": "optimiser step",
-            "y": "mean probability",
-            "lines": lines,
-        }
-    }
-    if len(lines) == 2:
-        trade = {"x": lines["forget"]["y"], "y": lines["retain"]["y"]}
-        curves["Kept against forgotten"] = {
-            "x": "forget probability",
-            "y": "retain probability",
-            "lines": {name: trade},
-        }
-    return {"curves": curves}
