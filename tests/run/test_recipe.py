@@ -60,7 +60,7 @@ def test_a_few_aliases_are_values():
         ("steps: [{id: a}]", "exactly one verb"),
         ("steps: [{id: a, fit: x, measure: y}]", "exactly one verb"),
         ("steps: [{id: a, fit: fake-fit, setings: {}}]", "Did you mean settings"),
-        ("steps: [{id: a, fit: fake-fit, against: b}]", "not offered yet"),
+        ("steps: [{id: a, fit: fake-fit, against: b}]", "against is not a list"),
         ("steps: [{id: base, fit: fake-fit}]", "not a step id"),
         ("steps: [{id: a b, fit: fake-fit}]", "not a step id"),
         ("steps: [{id: a, fit: x}, {id: a, fit: x}]", "stands twice"),

@@ -15,7 +15,8 @@ from temper.cli.bar import make_ticker
 from temper.cli.output import AsJson, print_json, print_table, say, seconds_text
 from temper.cli.plan import describe_cost
 from temper.core.types import Ticker
-from temper.report.tables import Cell, SummaryRow, format_interval, format_value, summary_table
+from temper.report.against import attack_maps, is_attacked
+from temper.report.tables import Cell, HeatMap, SummaryRow, format_interval, format_value, summary_table
 from temper.run.estimate import check_cost, estimate
 from temper.run.execute import CellRunner, RunResult, execute
 from temper.run.plan import Plan, PlannedStep, make_plan
@@ -120,17 +121,28 @@ def _show(result: RunResult, as_json: bool) -> None:
         print_json(iter(lines.read(folder.path / "rows.jsonl")))
         say(str(folder.path))
         return
-    table = summary_table(folder.rows(), groups=True)
+    rows = list(folder.rows())
+    table = summary_table((row for row in rows if not is_attacked(row)), groups=True)
     columns = ("metric", "split", "group", *(arm or "value" for arm in table.arms))
     if table.rows:
         print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
     if len(table.rows) > NUM_SHOWN:
         say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
+    for attacked in attack_maps(rows)[:NUM_SHOWN]:
+        print_table((attacked.metric, *attacked.arms), _attack_lines(attacked))
     for step in result.plan.steps:
-        if step.verb == "fit":
+        if step.verb == "fit" and "against" not in step.label:
             print(f"{step.id} (seed {step.seed}): {_spec(step, folder.step(step.name).path)}")
     print(folder.path)
     sys.stdout.flush()
+
+
+def _attack_lines(attacked: HeatMap) -> list[list[str]]:
+    """One attack a line: the metric with the fit and without."""
+    return [
+        [attack, *(_value(line[place], attacked.metric) for line in attacked.cells)]
+        for place, attack in enumerate(attacked.groups)
+    ]
 
 
 def _spec(step: PlannedStep, fitted: Path) -> str:

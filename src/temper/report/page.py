@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from temper.core.errors import NeedsError, StoreError
 from temper.core.types import Json
 from temper.report import figures
+from temper.report.against import attack_curves, attack_maps, is_attacked
 from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
 
@@ -85,12 +86,20 @@ def render_report(run_folder: Path) -> str:
 def _context(view: RunView) -> dict[str, Any]:
     record = view.record
     examples = _examples(view.steps)
+    plain = [row for row in view.rows if not is_attacked(row)]
     return {
         "record": record,
         "title": str(record.get("name") or record.get("id") or "Run"),
         "facts": _facts(view),
-        "summary": summary_table(view.rows),
-        "maps": [(m, _shades(m)) for m in heat_maps(view.rows)],
+        "summary": summary_table(plain),
+        "maps": [
+            (name, title, column, [(m, _shades(m)) for m in maps])
+            for name, title, column, maps in (
+                ("categories", "By category", "Category", heat_maps(plain)),
+                ("against", "Under attack", "Attack", attack_maps(view.rows)),
+            )
+            if maps
+        ],
         "figures": _figures(view),
         "drawings": list(_drawings(view))[:MAX_DRAWINGS],
         "examples": examples,
@@ -156,6 +165,7 @@ def _figures(view: RunView) -> list[figures.Figure]:
     if budget:
         out.append(budget)
     out += figures.shared_curve_figures([(step.arm, _curves(step, is_shared=True)) for step in view.steps])
+    out += figures.curve_figures(attack_curves(view.rows), prefix="against")
     for i, step in enumerate(view.steps):
         drawn = figures.curve_figures(_curves(step, is_shared=False), prefix=f"own{i}-")
         out += [f._replace(title=f"{f.title} ({step.label})") for f in drawn]

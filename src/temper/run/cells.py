@@ -13,6 +13,7 @@ from temper.core.errors import ConfigError, nearest
 from temper.core.registry import load_card
 from temper.core.spec import ArtefactRef, SystemSpec, parse_system
 from temper.core.types import Json
+from temper.run.against import with_opponents
 from temper.run.inputs import data_steps, wanted_parts
 from temper.run.recipe import BASE, DataRef, Pipeline, Step, with_arm
 from temper.run.settings import Sets, step_config
@@ -96,7 +97,7 @@ def _cell(
     here = dataclasses.replace(pipeline, system=system, data=data)
     earlier: dict[str, Step] = {}
     steps: list[StepSpec] = []
-    for step in with_arm(pipeline.steps, changes, where):
+    for step in with_opponents(with_arm(pipeline.steps, changes, where), where):
         arm_settings = (changes.get(step.id) or {}).get("settings") or {}
         resolved = step_config(
             step,

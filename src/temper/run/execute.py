@@ -16,6 +16,7 @@ from typing import TypeVar
 from temper.core import config as core_config
 from temper.core.errors import ConfigError, StoreError, TemperError
 from temper.core.types import Json, Ticker
+from temper.run.against import attack_name
 from temper.run.facts import environment
 from temper.run.plan import Cell, Plan, PlannedStep, Request, make_plan
 from temper.run.progress import silent
@@ -258,11 +259,17 @@ class _Emitter:
 
 
 def _labelled(record: dict[str, Json], cell: Cell) -> dict[str, Json]:
-    """A step's record with its cell's arm and matrix; an arm the method named itself comes after the cell's."""
+    """A step's record with its cell's arm and matrix; an arm the method named itself comes after the cell's.
+
+    Whom an attack is about makes an arm of its own, so that no claim mistakes an attacked system for another.
+    """
     arm = "/".join(part for part in (cell.arm, record.get("arm", "")) if part)
-    facts = (
-        {**record.get("facts", {}), "matrix": dict(cell.matrix)} if cell.matrix else record.get("facts", {})
-    )
+    facts = dict(record.get("facts", {}))
+    if cell.matrix:
+        facts["matrix"] = dict(cell.matrix)
+    if label := facts.get("against"):
+        facts["against"] = {**label, "arm": arm}
+        arm = "/".join(part for part in (arm, attack_name(label)) if part)
     return {**record, "facts": facts, **({"arm": arm} if arm else {})}
 
 

@@ -54,6 +54,7 @@ def step_facts(planned: PlannedStep, options: Options, system: Any, data_fingerp
         "version": version(),
         "commit": commit(),
         "code": code_hash(planned.method),
+        **planned.label,
     }
     if system is not None:
         facts["system"] = str(planned.system)

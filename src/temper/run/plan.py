@@ -69,6 +69,8 @@ class PlannedStep:
     loaded: Data | None
     """Its data, unless an earlier step makes it."""
     hash: str
+    label: Mapping[str, Json] = field(default_factory=dict)
+    """Further facts of its rows."""
 
     @property
     def name(self) -> str:
@@ -224,6 +226,7 @@ def _plan_step(
         limit=step.limit,
         loaded=data,
         hash=_short(payload),
+        label=step.label,
     )
 
 

@@ -28,7 +28,8 @@ __all__ = [
 
 DataRef = str | Mapping[str, str] | None
 
-STEP_KEYS = ("id", *VERBS, "system", "data", "settings", "limit")
+STEP_KEYS = ("id", *VERBS, "system", "data", "settings", "limit", "against")
+OPPONENT_KEYS = ("id", "fit", "attack", "data", "settings", "limit", "budget")
 TOP_KEYS = (
     "name",
     "about",
@@ -41,6 +42,7 @@ TOP_KEYS = (
     "steps",
     "arms",
     "options",
+    "against",
 )
 OPTION_KEYS: dict[str, type] = {
     "precision": str,
@@ -50,6 +52,20 @@ OPTION_KEYS: dict[str, type] = {
     "system_prompt": str,
 }
 BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opponent:
+    """An attack on a fit: a method that changes weights (fit) or searches inputs (attack), and what it may spend."""
+
+    id: str
+    verb: Verb
+    method: str
+    data: DataRef = None
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    limit: int | None = None
+    budgets: tuple[Mapping[str, Json], ...] = ()
+    """Settings of each attempt, e.g. {num_steps: 5}, {num_steps: 20}; () for one attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +82,10 @@ class Step:
     settings: Mapping[str, Json] = field(default_factory=dict)
     limit: int | None = None
     """At most so many records a part."""
+    against: tuple[Opponent, ...] = ()
+    """Who attacks what a fit leaves, see `run/against.py`."""
+    label: Mapping[str, Json] = field(default_factory=dict)
+    """Further facts of the step's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +159,7 @@ def parse_recipe(document: Mapping[str, Json], *, name: str, where: str, method:
         steps = _steps(document["steps"], where)
     else:
         steps = (_short_step(document, method, where),)
+    steps = _with_against(steps, document.get("against"), where)
     return Pipeline(
         name=_text(document.get("name"), f"{where}: name") or name,
         where=where,
@@ -181,10 +202,6 @@ def _steps(raw: Json, where: str) -> tuple[Step, ...]:
 
 def _parse_step(raw: Mapping[str, Json], where: str) -> Step:
     """One step; exactly one verb key names the method."""
-    if "against" in raw:
-        raise ConfigError(
-            "`against` is not offered yet", where=where, cure="Write one step for each opponent."
-        )
     _known(raw, STEP_KEYS, where)
     verbs = [verb for verb in VERBS if verb in raw]
     if len(verbs) != 1:
@@ -202,6 +219,10 @@ def _parse_step(raw: Mapping[str, Json], where: str) -> Step:
             where=where,
             cure="Use letters, digits, - and _; `base` is taken.",
         )
+    if raw.get("against") and verb != "fit":
+        raise ConfigError(
+            "`against` stands at a fit: that is what is attacked", where=where, cure="Move it there."
+        )
     return Step(
         id=step_id,
         verb=verb,
@@ -210,6 +231,57 @@ def _parse_step(raw: Mapping[str, Json], where: str) -> Step:
         data=_data(raw.get("data"), f"{where}: data"),
         settings=_mapping(raw.get("settings") or {}, f"{where}: settings"),
         limit=_limit(raw.get("limit"), where),
+        against=_opponents(raw.get("against") or [], f"{where}: against"),
+    )
+
+
+def _with_against(steps: tuple[Step, ...], raw: Json, where: str) -> tuple[Step, ...]:
+    """A recipe's own opponents go to its last fit."""
+    opponents = _opponents(raw or [], f"{where}: against")
+    fits = [number for number, step in enumerate(steps) if step.verb == "fit"]
+    if not opponents:
+        return steps
+    if not fits or steps[fits[-1]].against:
+        raise ConfigError(
+            "`against` has no fit to go to",
+            where=where,
+            cure="Write it once, at a fit or at the recipe's top.",
+        )
+    last = dataclasses.replace(steps[fits[-1]], against=opponents)
+    return (*steps[: fits[-1]], last, *steps[fits[-1] + 1 :])
+
+
+def _opponents(raw: Json, where: str) -> tuple[Opponent, ...]:
+    if isinstance(raw, tuple):
+        return raw
+    if not isinstance(raw, list):
+        raise ConfigError("against is not a list", where=where, cure="Write - {fit: SLUG, budget: {...}}.")
+    found = tuple(_opponent(_mapping(item, f"{where} {n}"), f"{where} {n}") for n, item in enumerate(raw, 1))
+    names = [opponent.id for opponent in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"Opponent {twice[0]!r} stands twice", where=where, cure="Give each an id of its own."
+        )
+    return found
+
+
+def _opponent(raw: Mapping[str, Json], where: str) -> Opponent:
+    _known(raw, OPPONENT_KEYS, where)
+    verbs: list[Verb] = [verb for verb in VERBS if verb in raw]
+    if len(verbs) != 1:
+        raise ConfigError("An opponent has one verb", where=where, cure="Write fit: SLUG or attack: SLUG.")
+    method = _text(raw[verbs[0]], where) or ""
+    budget = _matrix(raw.get("budget"), where)
+    if len(budget) > 1:
+        raise ConfigError("A budget is one setting", where=where, cure="Write budget: {num_steps: [5, 20]}.")
+    return Opponent(
+        id=_text(raw.get("id"), f"{where}: id") or method,
+        verb=verbs[0],
+        method=method,
+        data=_data(raw.get("data"), f"{where}: data"),
+        settings=_mapping(raw.get("settings") or {}, f"{where}: settings"),
+        limit=_limit(raw.get("limit"), where),
+        budgets=tuple({name: value} for name, values in budget.items() for value in values),
     )
 
 
@@ -245,7 +317,7 @@ def with_arm(steps: tuple[Step, ...], changes: Mapping[str, Json], where: str) -
 
 def _changed(step: Step, change: Mapping[str, Json], where: str) -> Step:
     raw: dict[str, Any] = {"id": step.id, step.verb: step.method, "system": step.system, "data": step.data}
-    raw |= {"limit": step.limit}
+    raw |= {"limit": step.limit, "against": step.against}
     if any(verb in change for verb in VERBS):
         raw.pop(step.verb)
         raw["settings"] = {}

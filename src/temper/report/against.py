@@ -1,0 +1,103 @@
+"""Rows of attacked fits: each metric as a map of attacks by defences, and as curves over the attacker's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from temper.core.types import Json, Row
+from temper.report.tables import HeatMap, SummaryRow, summary_table
+
+__all__ = ["attack_curves", "attack_maps", "is_attacked"]
+
+UNATTACKED = "none"
+PLAIN = "plain"
+DEFENDED = "fitted"
+MAX_CURVES = 6
+
+
+def is_attacked(row: Row) -> bool:
+    """Whether the row is about an attacked system, or the plain one beside it."""
+    return "against" in row.facts
+
+
+def attack_maps(rows: Iterable[Row]) -> list[HeatMap]:
+    """One map a metric: fits and their plain twins (lines) by attack and budget (columns)."""
+    rows = list(rows)
+    if not any(map(is_attacked, rows)):
+        return []
+    lines = _lines(rows)
+    return [
+        HeatMap(metric, split, found[0].higher_is_better, *_cells(found))
+        for (metric, split), found in lines.items()
+        if len(found) > 1
+    ]
+
+
+def attack_curves(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Effect over budget, for opponents with at least two budgets; the unattacked value stands at 0."""
+    rows = list(rows)
+    budgets = _budgets(rows)
+    out: dict[str, dict[str, Any]] = {}
+    for (metric, split), found in _lines(rows).items():
+        for opponent, (setting, steps) in budgets.items():
+            # Fewer bits are more of an attack; every other budget counts up from nothing.
+            start = {} if setting == "bits" else {0.0: UNATTACKED}
+            lines = {}
+            for arm in dict.fromkeys(arm for line in found for arm in line.cells):
+                points = _points(found, arm, start | steps)
+                if len(points) > 1:
+                    lines[arm] = {"x": [x for x, _ in points], "y": [y for _, y in points]}
+            title = f"{metric} {split} under {opponent}".replace("  ", " ")
+            if lines and len(out) < MAX_CURVES:
+                out[title] = {"x": setting, "y": metric, "lines": lines}
+    return out
+
+
+def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
+    """Metric and split -> a line for each attack, with a cell for each defence."""
+    seen = {row.metric for row in rows if is_attacked(row)}
+    named = [_named(row) for row in rows if row.metric in seen and not row.group]
+    out: dict[tuple[str, str], list[SummaryRow]] = {}
+    for line in summary_table(named, groups=True).rows:
+        out.setdefault((line.metric, line.split), []).append(line)
+    return {key: found for key, found in out.items() if any(line.group != UNATTACKED for line in found)}
+
+
+def _named(row: Row) -> Row:
+    """The row with its attack as the group and its defence as the arm."""
+    label: Mapping[str, Json] = row.facts.get("against") or {
+        "opponent": UNATTACKED,
+        "budget": {},
+        "defended": True,
+    }
+    arm = str(label.get("arm", row.arm))
+    parts = [arm, "" if label["defended"] and arm else DEFENDED if label["defended"] else PLAIN]
+    return replace(row, group=_attack(label), arm=", ".join(part for part in parts if part))
+
+
+def _attack(label: Mapping[str, Json]) -> str:
+    return " ".join([str(label["opponent"]), *(f"{key} {value}" for key, value in label["budget"].items())])
+
+
+def _cells(found: Sequence[SummaryRow]) -> tuple[list[str], list[str], list[list[Any]]]:
+    arms = list(dict.fromkeys(arm for line in found for arm in line.cells))
+    return arms, [line.group for line in found], [[line.cells.get(arm) for line in found] for arm in arms]
+
+
+def _budgets(rows: Iterable[Row]) -> dict[str, tuple[str, dict[float, str]]]:
+    """Opponent -> its setting, and the attack's name by the setting's value, for numbers that vary."""
+    found: dict[str, tuple[str, dict[float, str]]] = {}
+    for row in filter(is_attacked, rows):
+        label = row.facts["against"]
+        for setting, value in label["budget"].items():
+            if isinstance(value, int | float):
+                found.setdefault(label["opponent"], (setting, {}))[1][float(value)] = _attack(label)
+    return {name: (setting, steps) for name, (setting, steps) in found.items() if len(steps) > 1}
+
+
+def _points(found: Sequence[SummaryRow], arm: str, steps: Mapping[float, str]) -> list[tuple[float, float]]:
+    by_attack = {line.group: line.cells.get(arm) for line in found}
+    known = [(x, by_attack.get(name)) for x, name in sorted(steps.items())]
+    return [(x, cell.value) for x, cell in known if cell is not None and cell.value is not None]

@@ -1,0 +1,112 @@
+"""`against:` of a fit step: the fit attacked as a matter of course, and the plain system attacked with the same budget.
+
+A fit step F with opponents becomes more steps. An opponent that fits (it changes weights) gives, for each budget, one
+step on the system with F and a twin on the one without; every measure step that looks at F then also looks at both,
+and at the plain system. An opponent that attacks (it searches inputs) gives one step on either system. Rows of these
+steps say whom they are about: `against` among their facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from temper.core.errors import ConfigError
+from temper.core.spec import ArtefactRef, SystemSpec, parse_system
+from temper.core.types import Json
+from temper.run.recipe import BASE, Opponent, Step
+
+__all__ = ["attack_name", "with_opponents"]
+
+
+def attack_name(label: Mapping[str, Json]) -> str:
+    """The attack that a label is about, and whether the fit was there: "relearn num_steps 20, plain"."""
+    parts = [str(label["opponent"]), *(f"{key} {value}" for key, value in label["budget"].items())]
+    return " ".join(parts) + ("" if label["defended"] else ", plain")
+
+
+def with_opponents(steps: Sequence[Step], where: str) -> tuple[Step, ...]:
+    """The steps, and behind them those that the opponents of each fit add. Raises ConfigError."""
+    out = list(steps)
+    for step in steps:
+        if step.against:
+            out += _added(step, steps, where)
+    return tuple(out)
+
+
+def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
+    place = f"{where}: {fit.id}: against"
+    looks = [step for step in steps if step.verb == "measure" and fit.id in _names(step.system)]
+    if not looks and any(opponent.verb == "fit" for opponent in fit.against):
+        raise ConfigError(
+            f"No measure step looks at {fit.id!r}, so nobody would see what the attack did",
+            where=place,
+            cure=f"Add - {{measure: SLUG, system: base+{fit.id}}}.",
+        )
+    defended = str(_with(fit.system, fit.id))
+    for look in looks:
+        yield _look(look, f"{look.id}-plain", _without(look.system, fit.id), "none", None, is_defended=False)
+    for opponent in fit.against:
+        for budget in opponent.budgets or ({},):
+            name = "-".join([opponent.id, *(_text(value) for value in budget.values())])
+            for is_defended in (True, False):
+                system = defended if is_defended else fit.system or BASE
+                attack = _attack(
+                    opponent, budget, f"{fit.id}-{name}{'' if is_defended else '-plain'}", system
+                )
+                yield dataclasses.replace(attack, label=_label(opponent.id, budget, is_defended))
+                for look in looks if opponent.verb == "fit" else ():
+                    seen = look.system if is_defended else _without(look.system, fit.id)
+                    look_id = f"{look.id}-{attack.id}"
+                    yield _look(
+                        look, look_id, _with(seen, attack.id), opponent.id, budget, is_defended=is_defended
+                    )
+
+
+def _attack(opponent: Opponent, budget: Mapping[str, Json], step_id: str, system: str) -> Step:
+    settings = {**opponent.settings, **budget}
+    return Step(
+        id=step_id,
+        verb=opponent.verb,
+        method=opponent.method,
+        system=system,
+        data=opponent.data,
+        settings=settings,
+        limit=opponent.limit,
+    )
+
+
+def _look(
+    look: Step,
+    step_id: str,
+    system: SystemSpec,
+    opponent: str,
+    budget: Mapping[str, Json] | None,
+    *,
+    is_defended: bool,
+) -> Step:
+    label = _label(opponent, budget or {}, is_defended)
+    return dataclasses.replace(look, id=step_id, system=str(system), label={**look.label, **label})
+
+
+def _label(opponent: str, budget: Mapping[str, Json], is_defended: bool) -> dict[str, Json]:
+    return {"against": {"opponent": opponent, "budget": dict(budget), "defended": is_defended}}
+
+
+def _text(value: Json) -> str:
+    return str(value).replace(".", "_").replace("-", "m")
+
+
+def _names(system: str | None) -> list[str]:
+    return [ref.name for ref in parse_system(system or BASE).artefacts]
+
+
+def _with(system: str | SystemSpec | None, name: str) -> SystemSpec:
+    spec = system if isinstance(system, SystemSpec) else parse_system(system or BASE)
+    return SystemSpec(spec.base, (*spec.artefacts, ArtefactRef(name)))
+
+
+def _without(system: str | None, name: str) -> SystemSpec:
+    """The system without an artefact; what stood on it goes too, for it fits no other base."""
+    spec = parse_system(system or BASE)
+    return SystemSpec(spec.base, spec.artefacts[: [ref.name for ref in spec.artefacts].index(name)])

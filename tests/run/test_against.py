@@ -1,0 +1,114 @@
+"""Opponents of a fit: the steps they become, equal budgets for the plain twin, and what rows say of them."""
+
+import json
+
+import pytest
+
+from temper.core.errors import ConfigError
+from temper.report.against import attack_curves, attack_maps
+from temper.report.page import render_report
+from temper.run.against import with_opponents
+from temper.run.execute import run_recipe
+from temper.run.recipe import load_recipe, parse_recipe
+from temper.store import lines
+
+RECIPE = """
+system: tiny:llama
+limit: 3
+options: {batch_tokens: 512}
+steps:
+  - id: forget
+    fit: npo
+    data: builtin:people:forget
+    settings: {loss: ga, mode: lora, rank: 2, batch_rows: 3, num_epochs: 1, min_steps: 0, watch_every: 0, lr: 0.01}
+    against:
+      - {id: relearn, fit: tampering, data: builtin:people:forget, settings: {batch_rows: 2, rank: 2}, budget: {num_steps: [1, 2]}}
+      - {id: 4-bit, fit: tampering, settings: {how: quantise}}
+      - {attack: gcg, data: builtin:behaviours:neutral, limit: 1,
+         settings: {suffix_tokens: 3, num_steps: 1, num_candidates: 4, topk: 4, reply_tokens: 2}}
+  - {id: score, measure: npo, system: base+forget, data: builtin:people, settings: {reply_tokens: 0, max_rows: 3}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "hold.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_every_attack_has_a_plain_twin_with_the_same_budget(recipe):
+    steps = {step.id: step for step in with_opponents(load_recipe(str(recipe)).steps, "here")}
+    assert list(steps)[:2] == ["forget", "score"]
+    assert steps["score-plain"].system == "base"
+    for name, system in (("forget-relearn-2", "base+forget"), ("forget-relearn-2-plain", "base")):
+        assert steps[name].system == system
+        assert steps[name].settings["num_steps"] == 2
+        assert steps[name].data == "builtin:people:forget"
+        assert steps[f"score-{name}"].system == f"{system}+{name}"
+    assert steps["score-forget-4-bit-plain"].label == {
+        "against": {"opponent": "4-bit", "budget": {}, "defended": False}
+    }
+    assert [steps[f"forget-gcg{end}"].system for end in ("", "-plain")] == ["base+forget", "base"]
+    assert len(steps) == 2 + 1 + 3 * 4 + 2
+
+
+def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
+    result = run_recipe(str(recipe), out=str(tmp_path / "runs"))
+    rows = list(lines.read(result.folder.path / "rows.jsonl"))
+    seen = {json.dumps(row["facts"].get("against"), sort_keys=True) for row in rows}
+    assert len(seen) == 1 + 1 + 3 * 2 + 2
+
+    def forget(opponent, defended, **budget):
+        wanted = {"opponent": opponent, "budget": budget, "defended": defended}
+        found = [
+            r
+            for r in rows
+            if r["facts"].get("against") == wanted and r["metric"] == "prob" and not r.get("item")
+        ]
+        return [row["value"] for row in found]
+
+    assert forget("relearn", True, num_steps=2)
+    assert forget("relearn", True, num_steps=2) != forget("relearn", False, num_steps=2)
+    maps = {found.metric: found for found in attack_maps(list(result.folder.rows()))}
+    chosen = maps["forget_probability"]
+    assert chosen.arms == ["fitted", "plain"]
+    assert chosen.groups == ["none", "relearn num_steps 1", "relearn num_steps 2", "4-bit"]
+    assert all(cell is not None and cell.low is not None for line in chosen.cells for cell in line)
+    curve = attack_curves(list(result.folder.rows()))["forget_probability forget under relearn"]
+    assert curve["x"] == "num_steps"
+    assert [line["x"] for line in curve["lines"].values()] == [[0.0, 1.0, 2.0]] * 2
+    page = render_report(result.folder.path)
+    assert "Under attack" in page
+    assert "forget_probability forget under relearn" in page
+    again = run_recipe(str(recipe), out=str(tmp_path / "runs"))
+    assert set(again.outcomes.values()) == {"kept"}
+
+
+def test_opponents_at_the_top_go_to_the_last_fit():
+    steps = [{"id": "a", "fit": "npo"}, {"id": "b", "fit": "npo"}, {"measure": "npo", "system": "base+a+b"}]
+    document = {"steps": steps, "against": [{"fit": "tampering"}]}
+    parsed = parse_recipe(document, name="n", where="here").steps
+    assert [len(step.against) for step in parsed] == [0, 1, 0]
+    added = {step.id: step.system for step in with_opponents(parsed, "here")}
+    assert added["npo-plain"] == "base+a"
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([{"fit": "npo", "against": [{"fit": "tampering"}]}], "nobody would see"),
+        ([{"measure": "npo", "against": [{"fit": "tampering"}]}], "stands at a fit"),
+        ([{"fit": "npo", "against": {"fit": "tampering"}}], "not a list"),
+        ([{"fit": "npo", "against": [{"data": "x.jsonl"}]}], "one verb"),
+        ([{"fit": "npo", "against": [{"fit": "tampering"}, {"fit": "tampering"}]}], "stands twice"),
+        (
+            [{"fit": "npo", "against": [{"fit": "tampering", "budget": {"bits": [4], "lr": [1]}}]}],
+            "one setting",
+        ),
+        ([{"fit": "npo", "against": [{"fit": "tampering", "steps": 3}]}], "Unknown key"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(steps, message):
+    with pytest.raises(ConfigError, match=message):
+        with_opponents(parse_recipe({"steps": steps}, name="n", where="here").steps, "here")
