@@ -213,24 +213,28 @@ def measure(system: Diffusion, data: Data, config: Config, run: Run) -> Iterator
 
 def _wanted(system: Diffusion, data: Data, config: Config) -> quality.Wanted:
     """What is asked for: every class, or the templates with the phrase and the prompts of the data."""
-    if not system.takes_text:
-        forget, override = _labels(system, config)
-        asked = [label for label in range(len(system.labels)) for _ in range(config.num_samples)]
-        return quality.Wanted(tuple(asked), torch.tensor(asked), system.labels, forget, override)
+    if system.takes_text:
+        return _wanted_texts(data, config)
+    forget, override = _labels(system, config)
+    asked = [label for label in range(len(system.labels)) for _ in range(config.num_samples)]
+    return quality.Wanted(tuple(asked), torch.tensor(asked), system.labels, forget, override)
+
+
+def _wanted_texts(data: Data, config: Config) -> quality.Wanted:
+    phrase, other = str(config.forget), str(config.override)
     records = data.records("prompts", Labelled) if "prompts" in data else ()
-    forget, override = str(config.forget), str(config.override)
-    names = tuple(dict.fromkeys([forget, override, *(str(record.label) for record in records)]))
-    forgotten = [text.replace("{}", forget) for text in config.templates]
-    pairs = [(text, forget) for text in (forgotten * config.num_samples)[: config.num_samples]]
-    pairs += [(record.text, str(record.label)) for record in records if str(record.label) != forget]
-    if len(pairs) == config.num_samples:
+    kept = [(record.text, str(record.label)) for record in records if str(record.label) != phrase]
+    if not kept:
         raise DataError(
             "There is no prompt of what is to be kept",
             where="part prompts",
             cure="Give labelled texts: what the picture should show is the label.",
         )
-    shows = torch.tensor([names.index(label) for _, label in pairs])
-    return quality.Wanted(tuple(text for text, _ in pairs), shows, names, 0, 1)
+    filled = [text.replace("{}", phrase) for text in config.templates]
+    pairs = [(text, phrase) for text in (filled * config.num_samples)[: config.num_samples]] + kept
+    names = tuple(dict.fromkeys([phrase, other, *(label for _, label in kept)]))
+    shows_N = torch.tensor([names.index(label) for _, label in pairs])
+    return quality.Wanted(tuple(text for text, _ in pairs), shows_N, names, 0, 1)
 
 
 def _picture(png: bytes) -> dict[str, str]:
