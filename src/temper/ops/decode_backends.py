@@ -60,27 +60,35 @@ class Prefilled(NamedTuple):
 
 
 class Backend(Protocol):
-    """Rows are numbered 0..n-1; `drop` fills the hole with the last one."""
+    """Rows are numbered 0..n-1; `drop` fills the hole with the last one.
+
+    A row that steps or reads a block at an earlier position forgets what stood there and beyond.
+    """
 
     def prefill(self, prompts: Sequence[PromptRow]) -> list[Prefilled]: ...
     def load(self, slot: int, prefilled: Prefilled) -> None: ...
     def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor: ...
+    def block(self, prompts: list[PromptRow], blocks: list[list[int]], starts: list[int]) -> list[Tensor]: ...
     def drop(self, slot: int, last: int, last_length: int) -> None: ...
 
 
 class RowBackend:
-    """One row a forward pass, with the model's own cache, or none where it has none."""
+    """One row a forward pass, with the model's own cache, or none where it has none or is not to `keep` it.
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model, self.device = model, device
+    Only a cache of keys and values by position can forget tokens again.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, keep: bool = True) -> None:
+        self.model, self.device, self.keep = model, device, keep
         self.caches: list[Any] = []
 
     def prefill(self, prompts: Sequence[PromptRow]) -> list[Prefilled]:
         """Each prompt on its own."""
         out = []
         for prompt in prompts:
-            logits_V, cache = self._forward(prompt, prompt.ids, 0, None)
-            out.append(Prefilled(prompt, cache if cache is not None else list(prompt.ids), 0, logits_V))
+            logits_TV, cache = self._forward(prompt, prompt.ids, 0, None)
+            known = list(prompt.ids) if cache is None or not self.keep else cache
+            out.append(Prefilled(prompt, known, 0, logits_TV[-1]))
         return out
 
     def load(self, slot: int, prefilled: Prefilled) -> None:
@@ -90,29 +98,39 @@ class RowBackend:
 
     def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor:
         """Logits of the next token, (B, V)."""
-        rows = zip(range(len(prompts)), prompts, tokens, positions, strict=True)
-        return torch.stack([self._step(*row) for row in rows])
+        rows = zip(range(len(prompts)), prompts, [[token] for token in tokens], positions, strict=True)
+        return torch.stack([self._read(*row)[-1] for row in rows])
 
-    def _step(self, slot: int, prompt: PromptRow, token: int, position: int) -> Tensor:
+    def block(self, prompts: list[PromptRow], blocks: list[list[int]], starts: list[int]) -> list[Tensor]:
+        """Logits after each token of each row's block, (T, V) a row."""
+        rows = zip(range(len(prompts)), prompts, blocks, starts, strict=True)
+        return [self._read(*row, num_last=len(row[2])) for row in rows]
+
+    def _read(self, slot: int, prompt: PromptRow, ids: list[int], start: int, num_last: int = 1) -> Tensor:
         cache = self.caches[slot]
         if isinstance(cache, list):
-            cache.append(token)
-            return self._forward(prompt, cache, 0, None)[0]
-        logits_V, self.caches[slot] = self._forward(prompt, [token], position, cache)
-        return logits_V
+            cache[start:] = ids
+            return self._forward(prompt, cache, 0, None, num_last)[0]
+        if (extra := cache.get_seq_length() - start) > 0:
+            cache.crop(-extra)  # a negative number is how many to forget
+        logits_TV, self.caches[slot] = self._forward(prompt, ids, start, cache, num_last)
+        return logits_TV
 
     def drop(self, slot: int, last: int, last_length: int) -> None:
         """Forget a row; the last one takes its place."""
         self.caches[slot] = self.caches[last]
         self.caches.pop()
 
-    def _forward(self, prompt: PromptRow, ids: list[int], start: int, cache: Any) -> tuple[Tensor, Any]:
+    def _forward(
+        self, prompt: PromptRow, ids: list[int], start: int, cache: Any, num_last: int = 1
+    ) -> tuple[Tensor, Any]:
         rows = Rows([prompt.number], [prompt.ids], [start], [len(ids)], start + len(ids))
         input_BT = torch.tensor([ids], device=self.device)
         known = {} if cache is None else {"past_key_values": cache}
-        with publish_rows(rows), last_positions(self.model, torch.tensor([len(ids) - 1])):
+        last_B = torch.tensor([len(ids) - 1]) if num_last == 1 else None
+        with publish_rows(rows), last_positions(self.model, last_B):
             out = self.model(input_ids=input_BT, use_cache=True, **known)
-        return out.logits[0, -1].float(), getattr(out, "past_key_values", None)
+        return out.logits[0, -num_last:].float(), getattr(out, "past_key_values", None)
 
 
 class SlotBackend:
@@ -164,8 +182,7 @@ class SlotBackend:
     def step(self, prompts: list[PromptRow], tokens: list[int], positions: list[int]) -> Tensor:
         """Logits of the next token, (B, V), after writing each row's last token at its position."""
         assert self._slots is not None
-        self._slots.begin_step(positions, self.device)
-        position_B1 = torch.tensor(positions, device=self.device)[:, None]
+        position_B1 = self._slots.begin_pass([[position] for position in positions], self.device)
         mask = None
         if min(positions) != max(positions):
             seen_BK = torch.arange(max(positions) + 1, device=self.device) <= position_B1
@@ -176,6 +193,27 @@ class SlotBackend:
             return self._forward(
                 rows, input_B1, self._slots, None, position_ids=position_B1, attention_mask=mask
             )
+
+    def block(self, prompts: list[PromptRow], blocks: list[list[int]], starts: list[int]) -> list[Tensor]:
+        """Logits after each token of each row's block, (T, V) a row, in one forward pass."""
+        assert self._slots is not None
+        longest = max(map(len, blocks))
+        # A row with fewer tokens writes its last one again where it stands.
+        at_BT = [[min(t, len(block) - 1) for t in range(longest)] for block in blocks]
+        ids_BT = [[block[t] for t in at_T] for block, at_T in zip(blocks, at_BT, strict=True)]
+        positions = [[start + t for t in at_T] for start, at_T in zip(starts, at_BT, strict=True)]
+        position_BT = self._slots.begin_pass(positions, self.device)
+        key_len = self._slots.plan.key_len
+        seen_BTK = torch.arange(key_len, device=self.device) <= position_BT[:, :, None]
+        with publish_rows(Rows(*_named(prompts), starts, list(map(len, blocks)), key_len)):
+            out = self.model(
+                input_ids=torch.tensor(ids_BT, device=self.device),
+                past_key_values=self._slots,
+                use_cache=True,
+                position_ids=position_BT,
+                attention_mask=additive_mask(self.model, seen_BTK)[:, None],
+            )
+        return [out.logits[row, : len(block)].float() for row, block in enumerate(blocks)]
 
     def drop(self, slot: int, last: int, last_length: int) -> None:
         """Forget a row; the last one moves into its slot."""

@@ -1,7 +1,7 @@
 """Preallocated key and value buffers in which rows of different lengths decode together.
 
 Row b of the batch lives in slot b of every layer's buffer, its text at columns 0, 1, 2...; so a
-column is a position, whatever the other rows do. A step writes one column a row in place; rows
+column is a position, whatever the other rows do. A pass writes its columns in place; rows
 leave by moving the last row into their slot; buffers grow in strides. On a CPU a step attends few
 rows at a time, to no more columns than the longest of them has: prompts come longest first, so
 neighbours have similar lengths.
@@ -40,15 +40,15 @@ class _Plan:
         self.capacity = 0
         self.num_rows = 0
         self.key_len = 0
-        self.slot_B1 = self.position_B1 = torch.zeros(0, 1, dtype=torch.long)
+        self.slot_B1 = self.position_BT = torch.zeros(0, 1, dtype=torch.long)
         self.flat: dict[int, Tensor] = {}
 
     def flat_of(self, heads: int) -> Tensor:
-        """Where each row's new column stands, a head after another, in a buffer seen as rows of one head's size."""
+        """Where each row's new columns stand, a head after another, in a buffer seen as rows of one head's size."""
         if heads not in self.flat:
             head_H = torch.arange(heads, device=self.slot_B1.device)
-            columns_BH = (self.slot_B1 * heads + head_H) * self.capacity + self.position_B1
-            self.flat[heads] = columns_BH.flatten()
+            first_BH = (self.slot_B1 * heads + head_H) * self.capacity
+            self.flat[heads] = (first_BH[:, :, None] + self.position_BT[:, None]).flatten()
         return self.flat[heads]
 
 
@@ -85,14 +85,14 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write one column a row and give back all columns seen so far, (B, heads, K, size)."""
+        """Write the columns of a row's tokens and give back all columns seen so far, (B, heads, K, size)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._write(self.keys, key_states), self._write(self.values, value_states)
 
-    def _write(self, buffer: Any, states_BH1D: Tensor) -> Tensor:
+    def _write(self, buffer: Any, states_BHTD: Tensor) -> Tensor:
         size = buffer.shape[-1]
-        own = states_BH1D.reshape(-1, size).to(buffer.dtype)
+        own = states_BHTD.reshape(-1, size).to(buffer.dtype)
         buffer.view(-1, size).index_copy_(0, self.plan.flat_of(buffer.shape[1]), own)
         return buffer[: self.plan.num_rows, :, : self.plan.key_len]
 
@@ -139,14 +139,15 @@ class SlotCache(Cache):
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
 
-    def begin_step(self, position_B: list[int], device: torch.device) -> None:
-        """Say where the next forward pass, of one token a row, writes: row b at position_B[b]."""
-        self.reserve(max(position_B) + 1)
+    def begin_pass(self, position_BT: list[list[int]], device: torch.device) -> Tensor:
+        """Say where the next forward pass writes: token t of row b at position_BT[b][t]; gives that as a tensor."""
         plan = self.plan
-        plan.num_rows, plan.key_len = len(position_B), max(position_B) + 1
-        plan.slot_B1 = torch.arange(len(position_B), device=device)[:, None]
-        plan.position_B1 = torch.tensor(position_B, device=device)[:, None]
+        plan.num_rows, plan.key_len = len(position_BT), max(map(max, position_BT)) + 1
+        self.reserve(plan.key_len)
+        plan.slot_B1 = torch.arange(len(position_BT), device=device)[:, None]
+        plan.position_BT = torch.tensor(position_BT, device=device)
         plan.flat = {}
+        return plan.position_BT
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from temper.ops.decode_backends import Backend, Prefilled, PromptRow
 from temper.ops.sampling import choose_tokens, row_uniforms
 from temper.systems.base import Sampling, StepRule
 
-__all__ = ["RowState", "Stops", "decode", "prefill_groups"]
+__all__ = ["Decoding", "Loop", "RowState", "Stops", "decode", "prefill_groups"]
 
 
 @dataclass
@@ -88,7 +89,7 @@ def prefill_groups(prompts: Sequence[PromptRow], budget: int, shared: int) -> de
 
 
 @dataclass
-class _Loop:
+class Loop:
     """The rows decoding now; row i is row i of the backend."""
 
     backend: Backend
@@ -109,11 +110,14 @@ class _Loop:
 
     def step(self) -> None:
         """One more token for every active row."""
+        self.advance(self.active, self.next_logits())
+
+    def next_logits(self) -> Tensor:
+        """Logits after the last token of every active row, (B, V)."""
         rows = self.active
-        logits_BV = self.backend.step(
+        return self.backend.step(
             [row.prompt for row in rows], [row.ids[-1] for row in rows], [row.length - 1 for row in rows]
         )
-        self.advance(rows, logits_BV)
 
     def advance(self, rows: list[RowState], logits_BV: Tensor) -> None:
         """Append the next token of each row, chosen from its logits, and mark rows that end."""
@@ -135,10 +139,14 @@ class _Loop:
                     cure="Check the weights, a steering strength, or use float32.",
                 )
             row.ids.append(token)
-            if self.stops.hit(row.ids):
-                row.finish = "stop"
-            elif len(row.ids) >= row.limit:
-                row.finish = "length"
+            self.mark(row)
+
+    def mark(self, row: RowState) -> None:
+        """Say whether the row ends with its last token, and why."""
+        if self.stops.hit(row.ids):
+            row.finish = "stop"
+        else:
+            row.finish = "length" if len(row.ids) >= row.limit else ""
 
     def release(self) -> Iterator[RowState]:
         """Take finished rows out of the batch; the last row moves into each hole."""
@@ -153,26 +161,35 @@ class _Loop:
             yield row
 
 
+class Decoding(Protocol):
+    """What `decode` drives: rows start, get their first token, step on together, and leave when they are done."""
+
+    active: list[RowState]
+
+    @property
+    def backend(self) -> Backend: ...
+    def start(self, prefilled: Prefilled, sample: int, limit: int) -> RowState: ...
+    def advance(self, rows: list[RowState], logits_BV: Tensor) -> None: ...
+    def step(self) -> None: ...
+    def release(self) -> Iterator[RowState]: ...
+
+
 def decode(
-    backend: Backend,
+    loop: Decoding,
     groups: deque[list[PromptRow]],
-    sampling: Sampling,
-    stops: Stops,
-    rules: Sequence[StepRule],
     *,
     width: int,
     num_samples: int,
     limit_of: Callable[[PromptRow], int],
 ) -> Iterator[RowState]:
     """Rows as they finish, `num_samples` a prompt."""
-    loop = _Loop(backend, rules, sampling, stops)
     ready: deque[tuple[Prefilled, int]] = deque()
     while groups or ready or loop.active:
         fresh, logits = [], []
         while len(loop.active) < width and (ready or groups):
             if not ready:
                 ready.extend(
-                    (done, n) for done in backend.prefill(groups.popleft()) for n in range(num_samples)
+                    (done, n) for done in loop.backend.prefill(groups.popleft()) for n in range(num_samples)
                 )
             prefilled, sample = ready.popleft()
             fresh.append(loop.start(prefilled, sample, limit_of(prefilled.prompt)))

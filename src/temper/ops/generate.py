@@ -13,12 +13,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from temper.core.errors import ConfigError, DataError, NeedsError
 from temper.core.types import Message, Run
-from temper.ops.decode_backends import Backend, PromptRow, RowBackend, SlotBackend, slots_work
-from temper.ops.decoding import RowState, Stops, decode, prefill_groups
+from temper.ops.decode_backends import (
+    Backend,
+    PromptRow,
+    RowBackend,
+    SlotBackend,
+    cache_by_position,
+    slots_work,
+)
+from temper.ops.decoding import Decoding, Loop, RowState, Stops, decode, prefill_groups
+from temper.ops.draft_verify import CheckedLoop, PairBackend, ReferenceCheck
 from temper.ops.hooks import is_hooked
 from temper.ops.packed_linear import packed_linears
 from temper.ops.precision import autocast
@@ -69,15 +76,19 @@ def generate(
         raise NeedsError(f"A {system.kind} system cannot generate", cure="Use a CausalLM or Remote system.")
     if not prompts:
         return []
-    rows = [PromptRow(n, _checked_ids(system, prompt, n)) for n, prompt in enumerate(prompts)]
     rules = (*system.step_rules, *rules)
+    check = next((rule for rule in rules if isinstance(rule, ReferenceCheck)), None)
+    # What writes, and what reads along.
+    systems = [system] if check is None else [system, check.reference]
+    room = min((s.max_tokens for s in systems if s.max_tokens is not None), default=None)
+    rows = [PromptRow(n, _checked_ids(system, prompt, n, room)) for n, prompt in enumerate(prompts)]
     if engine == "vllm":
         from temper.ops.vllm_engine import generate_vllm
 
         return generate_vllm(system, rows, sampling, run, rules, num_samples)
     replies: dict[tuple[int, int], Reply] = {}
-    with torch.no_grad(), _evaluating(system.model), autocast(run):
-        finished = _decode(system, rows, sampling, run, rules, num_samples, engine, width)
+    with torch.no_grad(), _evaluating(systems), autocast(run):
+        finished = _decode(systems, rows, sampling, run, rules, num_samples, engine, width, room)
         total = len(rows) * num_samples
         for state in run.ticker(finished, total=total, label="generate"):
             replies[state.prompt.number, state.sample] = _reply(system, state, sampling, rules)
@@ -97,11 +108,10 @@ def _messages(prompt: Sequence[Any]) -> list[Message]:
     return [part if isinstance(part, Message) else Message(part["role"], part["content"]) for part in prompt]
 
 
-def _checked_ids(system: CausalLM, prompt: Prompt, number: int) -> list[int]:
+def _checked_ids(system: CausalLM, prompt: Prompt, number: int, room: int | None) -> list[int]:
     ids = prompt_ids(system, prompt)
     if not ids:
         raise DataError("A prompt has no tokens", where=f"prompt {number}", cure="Give it some text.")
-    room = system.max_tokens
     if room is not None and len(ids) >= room:
         raise DataError(
             f"A prompt of {len(ids)} tokens leaves no room for a reply in a context of {room}",
@@ -112,10 +122,11 @@ def _checked_ids(system: CausalLM, prompt: Prompt, number: int) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(systems: Sequence[CausalLM]) -> Iterator[None]:
     """Dropout off inside the block."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    training = [module for system in systems for module in system.model.modules() if module.training]
+    for system in systems:
+        system.model.eval()
     try:
         yield
     finally:
@@ -124,7 +135,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(
-    system: CausalLM,
+    systems: Sequence[CausalLM],
     rows: list[PromptRow],
     sampling: Sampling,
     run: Run,
@@ -132,38 +143,57 @@ def _decode(
     num_samples: int,
     engine: Engine,
     width: int,
+    room: int | None,
 ) -> Iterator[RowState]:
-    room, width = system.max_tokens, min(width, num_samples * len(rows))
+    system, width = systems[0], min(width, num_samples * len(rows))
 
     def limit_of(row: PromptRow) -> int:
         return sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room - len(row.ids))
 
-    backend, shared, width = _backend(
-        system, rows, run, engine, width, max(len(r.ids) + limit_of(r) for r in rows)
+    backends, shared, width = _backends(
+        systems, rows, run, engine, width, max(len(r.ids) + limit_of(r) for r in rows)
     )
     groups = prefill_groups(rows, run.batch_tokens, shared)
     stops = Stops(system.stop_ids, tuple(sampling.stop), lambda ids: _text(system, ids))
     with ExitStack() as stack:
         half = torch.is_autocast_enabled(system.device.type)
-        if (
-            isinstance(backend, SlotBackend)
-            and not half
-            and num_samples * sum(map(limit_of, rows)) >= PACK_FROM_TOKENS
-        ):
-            stack.enter_context(packed_linears(system.model, width))
-        yield from decode(
-            backend, groups, sampling, stops, rules, width=width, num_samples=num_samples, limit_of=limit_of
-        )
+        if not half and num_samples * sum(map(limit_of, rows)) >= PACK_FROM_TOKENS:
+            for one, backend in zip(systems, backends, strict=True):
+                if isinstance(backend, SlotBackend):
+                    stack.enter_context(packed_linears(one.model, width))
+        loop = _loop(backends, rules, sampling, stops)
+        yield from decode(loop, groups, width=width, num_samples=num_samples, limit_of=limit_of)
 
 
-def _backend(
-    system: CausalLM, rows: list[PromptRow], run: Run, engine: Engine, width: int, longest: int
-) -> tuple[Backend, int, int]:
-    """The backend, the number of prompt tokens it shares among rows, and how many rows it takes at once."""
-    if run.exact or engine == "rows" or not slots_work(system.model, system.device, longest):
-        return RowBackend(system.model, system.device), 0, 1
-    prefix = [] if is_hooked(system.model) else _shared_prefix(rows)
-    return SlotBackend(system.model, system.device, width, prefix), len(prefix), width
+def _loop(
+    backends: Sequence[Backend], rules: Sequence[StepRule], sampling: Sampling, stops: Stops
+) -> Decoding:
+    """Token by token, or in checked blocks where one of the rules asks for it."""
+    for rule in rules:
+        if isinstance(rule, ReferenceCheck):
+            return CheckedLoop(Loop(PairBackend(*backends), rules, sampling, stops), rule)
+    return Loop(backends[0], rules, sampling, stops)
+
+
+def _backends(
+    systems: Sequence[CausalLM], rows: list[PromptRow], run: Run, engine: Engine, width: int, longest: int
+) -> tuple[Sequence[Backend], int, int]:
+    """A backend a model, the number of prompt tokens it shares among rows, and how many rows it takes at once."""
+    if (
+        run.exact
+        or engine == "rows"
+        or not all(slots_work(system.model, system.device, longest) for system in systems)
+    ):
+        forgets = len(systems) > 1
+        keep = [not forgets or cache_by_position(system.model, longest) for system in systems]
+        rowwise = zip(systems, keep, strict=True)
+        return [RowBackend(system.model, system.device, kept) for system, kept in rowwise], 0, 1
+    prefix = [] if any(is_hooked(system.model) for system in systems) else _shared_prefix(rows)
+    return (
+        [SlotBackend(system.model, system.device, width, prefix) for system in systems],
+        len(prefix),
+        width,
+    )
 
 
 def _shared_prefix(rows: list[PromptRow]) -> list[int]:
