@@ -133,12 +133,13 @@ class Diffusion(LocalSystem):
         if not self.takes_text:
             ids = [self._label(each) for each in wanted]
             return Condition(labels_B=torch.tensor(ids, dtype=torch.long, device=self.device))
-        if not all(isinstance(text, str) for text in wanted):
+        texts = [text for text in wanted if isinstance(text, str)]
+        if len(texts) < len(wanted):
             raise DataError(
                 f"{list(wanted)[:3]!r} are no texts", where=self.spec, cure="It draws after texts."
             )
         with torch.no_grad():
-            return Condition(tokens_BTD=self.token_states(self.ids(wanted)))
+            return Condition(tokens_BTD=self.token_states(self.ids(texts)))
 
     def nothing(self, num: int) -> Condition:
         """The condition that asks for nothing, `num` times; raises ConfigError for a model that never learnt it."""
