@@ -7,7 +7,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["minilm_folder", "paragraphs", "summaries"]
+__all__ = ["FLOPS_PER_TOKEN", "minilm_folder", "paragraphs", "summaries"]
+
+FLOPS_PER_TOKEN = 2 * 6 * (4 * 384**2 + 2 * 384 * 1536)
+"""Products of all-MiniLM-L6-v2's layers."""
 
 
 def _docstrings() -> Iterator[list[str]]:

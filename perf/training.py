@@ -267,17 +267,28 @@ def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def flops_a_token(mode: str) -> float:
-    """Products of a training step for each token of SmolLM2-135M's blocks; the vocabulary comes on top where scored."""
-    weights = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
-    return weights * (6 if mode == "full" else 4)
+WEIGHTS = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
+"""Of SmolLM2-135M's blocks."""
+HEAD = 576 * 49152
+
+
+def flops(mode: str, tokens: int, scored: int) -> int:
+    """Products of training on so many tokens, the vocabulary where they are scored; "read" is a pass without gradient."""
+    return {"full": 6, "lora": 4, "read": 2}[mode] * (tokens * WEIGHTS + scored * HEAD)
 
 
 def most_tokens(given: dict[str, Any], mode: str, limits: dict[str, float]) -> float:
-    """Tokens a second of the blocks and the scored tokens' vocabulary at the machine's bf16 rate."""
-    scored = sum(sum(row["scored"]) for row in given["rows"]) / num_tokens(given)
-    flops = flops_a_token(mode) + scored * 576 * 49152 * (6 if mode == "full" else 4)
-    return limits["flops_bf16"] / flops
+    """Tokens a second if nothing but products at the machine's bf16 rate took time."""
+    scored = sum(sum(row["scored"]) for row in given["rows"])
+    return num_tokens(given) * limits["flops_bf16"] / flops(mode, num_tokens(given), scored)
+
+
+def most_pair_tokens(given: dict[str, Any], mode: str, limits: dict[str, float]) -> float:
+    """The same for pairs: a prompt once for both replies, and the reference once for all epochs."""
+    replies = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in given["rows"])
+    tokens = replies + sum(len(row["prompt_ids"]) for row in given["rows"])
+    work = DPO_EPOCHS * flops(mode, tokens, replies) + flops("read", tokens, replies)
+    return num_pair_tokens(given) * limits["flops_bf16"] / work
 
 
 def losses_agree(outputs: dict[str, Any], same_batches: set[str], tolerance: float) -> str:
@@ -334,4 +345,5 @@ def dpo_job(mode: str) -> Job:
             "trl precomputed": Side(partial(trl_dpo, mode=mode, **stored), "trl"),
         },
         check=lambda outputs: losses_agree(outputs, {"trl", "trl precomputed"}, 0.05),
+        limit=lambda given, limits: most_pair_tokens(given, mode, limits),
     )

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness import Job, Measured, Side, main, timed
-from texts import minilm_folder, paragraphs
+from texts import FLOPS_PER_TOKEN, minilm_folder, paragraphs
 
 NUM_TEXTS = 2000
 WARM_UP = 64
 SHOWN = 200
 """Vectors that are compared."""
-FLOPS_PER_TOKEN = 2 * 6 * (4 * 384**2 + 2 * 384 * 1536)
 
 
 def inputs() -> dict[str, Any]:

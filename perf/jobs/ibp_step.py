@@ -143,6 +143,17 @@ def check(outputs: dict[str, Any]) -> str:
     return f"{pairs} pairs: margins equal to {worst_margin:.0e} of the largest, losses of {WARM_UP} steps to {worst_loss:.0e}"
 
 
+def limit(given: dict[str, Any], limits: dict[str, float]) -> float:
+    """Seconds a step of its products alone: centres and radii, forward and backward, none back into the images."""
+    side = given["side"]
+    shapes = (
+        (side**2, 9 * 1, 16), ((side // 2) ** 2, 9 * 16, 32), ((side // 4) ** 2, 9 * 32, 32),
+        (1, 32 * (side // 4) ** 2, 100), (1, 100, 10),
+    )  # fmt: skip
+    forward = [2 * given["batch"] * places * inputs * outputs for places, inputs, outputs in shapes]
+    return 2 * (3 * sum(forward) - forward[0]) / limits["flops_fp32"]
+
+
 JOB = Job(
     name="ibp-step",
     about=__doc__ or "",
@@ -160,6 +171,7 @@ JOB = Job(
         "auto_LiRPA, batch norm": Side(auto_lirpa(norms=True), env="auto_lirpa", counts=False),
     },
     check=check,
+    limit=limit,
 )
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import Job, Measured, Side, main
-from npo import inputs, loop, temper_fit
+from npo import inputs, loop, most_tokens, temper_fit
 from training import losses_agree
 
 
@@ -47,6 +47,7 @@ JOB = Job(
         "loop cached": Side(cached_loop, "trl"),
     },
     check=check,
+    limit=lambda given, limits: most_tokens(given, "lora", limits),
 )
 
 if __name__ == "__main__":
