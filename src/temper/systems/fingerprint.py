@@ -88,8 +88,8 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _config_text(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None) or {}
     # transformers' configs turn into a dict, those of diffusers are one.
-    values = config.to_dict() if hasattr(config, "to_dict") else config or {}
+    values = config.to_dict() if hasattr(config, "to_dict") else config
     kept = {key: value for key, value in values.items() if key not in VOLATILE}
     return json.dumps(kept, sort_keys=True, default=str)
