@@ -60,12 +60,9 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     assert len(seen) == 1 + 1 + 3 * 2 + 2
 
     def forget(opponent, defended, **budget):
-        wanted = {"opponent": opponent, "budget": budget, "defended": defended}
-        found = [
-            r
-            for r in rows
-            if r["facts"].get("against") == wanted and r["metric"] == "prob" and not r.get("item")
-        ]
+        wanted = {"opponent": opponent, "budget": budget, "defended": defended, "arm": ""}
+        found = [r for r in rows if r["metric"] == "forget_probability" and not r.get("item")]
+        found = [r for r in found if r["facts"].get("against") == wanted]
         return [row["value"] for row in found]
 
     assert forget("relearn", True, num_steps=2)

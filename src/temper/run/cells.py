@@ -18,7 +18,10 @@ from temper.run.inputs import data_steps, wanted_parts
 from temper.run.recipe import BASE, DataRef, Pipeline, Step, with_arm
 from temper.run.settings import Sets, step_config
 
-__all__ = ["CellSpec", "StepSpec", "expand"]
+__all__ = ["STEP", "CellSpec", "StepSpec", "expand"]
+
+STEP = "step:"
+"""How a setting names what an earlier step left: its rows if it measures, its artefact if it fits, its data if it makes."""
 
 MAX_SEED = 2**32 - 1
 """NumPy's generators take no larger one."""
@@ -34,6 +37,8 @@ class StepSpec:
     """Earlier step ids among its system's artefacts."""
     reads: tuple[str, ...]
     """Earlier step ids among its data."""
+    mentions: tuple[str, ...]
+    """Earlier step ids that a setting names as step:ID, for what that step left."""
     config: Any
     origins: Mapping[str, str]
 
@@ -140,6 +145,7 @@ def _resolve(
             )
         if earlier[name].verb != "make":
             raise ConfigError(f"Step {name!r} makes no data", where=place, cure="Only a make step does.")
+    mentions = _mentions(resolved.config, earlier, place)
     uses = tuple(a.name for a in system.artefacts if a.name in earlier) if system else ()
     limit = step.limit if step.limit is not None else pipeline.limit
     return StepSpec(
@@ -147,9 +153,23 @@ def _resolve(
         system=system,
         uses=uses,
         reads=tuple(reads),
+        mentions=mentions,
         config=resolved.config,
         origins=resolved.origins,
     )
+
+
+def _mentions(config: Any, earlier: Mapping[str, Step], place: str) -> tuple[str, ...]:
+    """Steps that a setting names as `step:ID`; raises ConfigError for one that does not come before."""
+    named = [v.removeprefix(STEP) for v in vars(config).values() if isinstance(v, str) and v.startswith(STEP)]
+    for name in named:
+        if name not in earlier:
+            raise ConfigError(
+                f"{STEP}{name} is no earlier step",
+                where=place,
+                cure=nearest(name, earlier) or "Put it before.",
+            )
+    return tuple(named)
 
 
 def _data(step: Step, pipeline: Pipeline, place: str) -> DataRef:

@@ -65,6 +65,8 @@ class PlannedStep:
     data: DataRef
     reads: Mapping[str, str]
     """Step id among the data -> folder name of that step."""
+    mentions: Mapping[str, str]
+    """Step id among the settings -> folder name of that step."""
     limit: int | None
     loaded: Data | None
     """Its data, unless an earlier step makes it."""
@@ -202,6 +204,7 @@ def _plan_step(
         check_kind(step.method, card, system.base)
     uses = {name: folders[name] for name in spec.uses} if system else {}
     reads = {name: folders[name] for name in spec.reads}
+    mentions = {name: folders[name] for name in spec.mentions}
     data = _loaded(spec, loads) if not reads else None
     payload = {
         "step": [step.id, step.verb, step.method, seed],
@@ -211,6 +214,7 @@ def _plan_step(
         "data": data.fingerprint if data is not None else [_ref(step.data), reads],
         "limit": step.limit,
         "options": options.hashed(),
+        **({"mentions": mentions} if mentions else {}),
     }
     return PlannedStep(
         id=step.id,
@@ -223,6 +227,7 @@ def _plan_step(
         uses=uses,
         data=step.data,
         reads=reads,
+        mentions=mentions,
         limit=step.limit,
         loaded=data,
         hash=_short(payload),

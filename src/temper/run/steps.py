@@ -14,6 +14,7 @@ from temper.core.errors import ConfigError, StoreError
 from temper.core.registry import load_card
 from temper.core.types import Attempt, Json, Row, Run, Ticker
 from temper.run.attack_rows import attack_rows
+from temper.run.cells import STEP
 from temper.run.facts import environment, step_facts
 from temper.run.inputs import load_inputs
 from temper.run.options import Options
@@ -30,7 +31,7 @@ from temper.store.records import attempt_from, attempt_record, row_record
 if TYPE_CHECKING:
     from temper.data.schemas import Data
 
-__all__ = ["Outcome", "Worker", "run_step", "step_data", "step_run"]
+__all__ = ["Outcome", "Worker", "run_step", "step_config", "step_data", "step_run"]
 
 Outcome = Literal["ran", "kept", "reused"]
 
@@ -90,7 +91,7 @@ def _follow(planned: PlannedStep, worker: Worker, step: StepFolder) -> Outcome:
         with _opened(planned, worker) as system:
             seed_everything(planned.seed, planned.id)
             data, run = step_data(planned, worker), step_run(planned, worker, step)
-            call_verb(planned.method, planned.verb, system, data, planned.config, run)
+            call_verb(planned.method, planned.verb, system, data, step_config(planned, worker), run)
     wait_for(step.is_done)
     return "ran"
 
@@ -131,6 +132,20 @@ def step_data(planned: PlannedStep, worker: Worker) -> Data:
     return load_inputs(planned.method, card, planned.verb, planned.data, made, planned.limit)
 
 
+def step_config(planned: PlannedStep, worker: Worker) -> Any:
+    """The step's settings, with what earlier steps left in place of step:ID."""
+    left = {
+        f"{STEP}{name}": _left_by(worker.folder.step(folder)) for name, folder in planned.mentions.items()
+    }
+    changes = {k: left[v] for k, v in vars(planned.config).items() if isinstance(v, str) and v in left}
+    return replace(planned.config, **changes) if changes else planned.config
+
+
+def _left_by(step: StepFolder) -> str:
+    verb = step.done()["verb"]
+    return str({"fit": step.artefact, "make": step.data}.get(str(verb), step.rows_file))
+
+
 def step_run(planned: PlannedStep, worker: Worker, step: StepFolder) -> Run:
     """What the verb is told of where it runs."""
     options = worker.options
@@ -153,9 +168,8 @@ def _execute(planned: PlannedStep, worker: Worker, step: StepFolder, system: Any
     data = step_data(planned, worker)
     facts = step_facts(planned, worker.options, system, data.fingerprint)
     seed_everything(planned.seed, planned.id)
-    result = call_verb(
-        planned.method, planned.verb, system, data, planned.config, step_run(planned, worker, step)
-    )
+    run = step_run(planned, worker, step)
+    result = call_verb(planned.method, planned.verb, system, data, step_config(planned, worker), run)
     if planned.verb == "fit":
         result.save(step.artefact)
         return {}
