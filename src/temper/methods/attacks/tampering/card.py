@@ -77,5 +77,5 @@ CARD = Card(
     config=Config,
     needs=frozenset({"grads"}),
     data={"fit": {"train?": "Dialogue"}},
-    produces=("adapter", "weights"),
+    produces=("adapter", "weights", "steer"),
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from temper.artefacts import Artefact, Tune, Weights, tuning
+from temper.artefacts import Artefact, Steer, Tune, tuning
+from temper.artefacts.base import only_full_strength
+from temper.artefacts.preserved import replace_tensor
 from temper.artefacts.targets import ALL_LINEAR, target_modules
 from temper.core.errors import DataError
-from temper.core.types import Run
+from temper.core.types import Json, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.attacks.tampering.card import Config
 from temper.ops.batching import encode
@@ -20,7 +23,7 @@ from temper.ops.tamper import pruned, rounded
 from temper.ops.train import SftObjective, TrainSettings, train
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["fit"]
+__all__ = ["build_steer", "change_of", "fit"]
 
 SLUG = "tampering"
 
@@ -54,23 +57,44 @@ def _finetune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefac
         return tuned.finish(SLUG)
 
 
-def _changed(system: CausalLM, change: Callable[[Tensor], Tensor]) -> Artefact:
-    """Every linear layer's weights but the vocabulary's, changed (Departure 2)."""
+def _rule(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
+    """What is done to each matrix, as a rule: it is carried out anew whenever the artefact is applied."""
+    settings = {
+        "how": config.how,
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "sparsity": config.sparsity,
+    }
+    change_of(settings)(
+        next(iter(_matrices(system).values())).data[:1]
+    )  # a setting that cannot be stops here
+    return Steer(system.fingerprint, SLUG, settings)
+
+
+@contextlib.contextmanager
+def build_steer(system: CausalLM, artefact: Steer, strength: float) -> Iterator[None]:
+    """Every linear layer's weights but the vocabulary's, changed by the rule (Departure 2)."""
+    only_full_strength(artefact, strength)
+    change = change_of(artefact.settings)
+    for name, parameter in _matrices(system).items():
+        replace_tensor(system.model, name, change(parameter.data))
+    yield
+
+
+def change_of(settings: Mapping[str, Json]) -> Callable[[Tensor], Tensor]:
+    """The change of one matrix."""
+    if settings["how"] == "prune":
+        return partial(pruned, share=settings["sparsity"])
+    return partial(rounded, bits=settings["bits"], group=settings["group_size"])
+
+
+def _matrices(system: CausalLM) -> dict[str, nn.Parameter]:
     names = [f"{name}.weight" for name in target_modules(system.model, ALL_LINEAR)]
-    tensors = {name: change(system.model.get_parameter(name).data).cpu() for name in names}
-    return Weights(system.fingerprint, SLUG, tensors)
-
-
-def _quantise(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
-    return _changed(system, partial(rounded, bits=config.bits, group=config.group_size))
-
-
-def _prune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
-    return _changed(system, partial(pruned, share=config.sparsity))
+    return {name: system.model.get_parameter(name) for name in names}
 
 
 ATTACKS: dict[str, Callable[[CausalLM, Data, Config, Run], Artefact]] = {
     "finetune": _finetune,
-    "quantise": _quantise,
-    "prune": _prune,
+    "quantise": _rule,
+    "prune": _rule,
 }

@@ -42,16 +42,22 @@ def test_pruning_takes_the_smallest():
         rounded(weight, 1)
 
 
-def test_embeddings_and_head_stay():
+@pytest.mark.parametrize("how", ["quantise", "prune"])
+def test_linear_layers_change_and_nothing_else(how):
     system = load_base("tiny:llama")
-    for how in ("quantise", "prune"):
-        artefact = fit(system, Data({}), Config(how=how), Run())
-        assert artefact.tensors
-        assert not [name for name in artefact.tensors if "embed" in name or "lm_head" in name]
-        before = system.model.model.layers[0].mlp.up_proj.weight.clone()
-        with artefact.apply(system) as tampered:
-            assert not torch.equal(tampered.model.model.layers[0].mlp.up_proj.weight, before)
-        assert torch.equal(system.model.model.layers[0].mlp.up_proj.weight, before)
+    before = {name: tensor.clone() for name, tensor in system.model.state_dict().items()}
+    artefact = fit(system, Data({}), Config(how=how), Run())
+    with artefact.apply(system) as tampered:
+        after = tampered.model.state_dict()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        up = "model.layers.0.mlp.up_proj.weight"
+        rule = rounded(before[up], 4, 32) if how == "quantise" else pruned(before[up], 0.2)
+        assert torch.equal(after[up], rule)
+    assert len(changed) == 7 * len(system.model.model.layers)
+    assert not [name for name in changed if "proj" not in name]
+    assert all(torch.equal(before[name], tensor) for name, tensor in system.model.state_dict().items())
+    with pytest.raises(ConfigError, match="strength"), artefact.apply(system, 0.5):
+        pass
 
 
 def test_relearning_brings_the_rows_held_back(monkeypatch):
