@@ -121,12 +121,19 @@ def test_sentence_transformers_reads_the_result(system: Any, stage: str, tmp_pat
 
 
 def test_an_adapter_of_an_encoder_is_one_for_peft(system: Any, tmp_path: Path) -> None:
+    from peft import PeftModelForFeatureExtraction
+
     artefact = fit(system, pairs(), quick(mode="lora"), Run())
     artefact.save(tmp_path / "saved")
-    assert (
-        json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["task_type"]
-        == "FEATURE_EXTRACTION"
-    )
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["task_type"] == "FEATURE_EXTRACTION"
+    ids_BT = torch.tensor(system.ids(["who wrote the letter ?"]))
+    with artefact.apply(system), torch.no_grad():
+        ours_BTD = system.model(ids_BT).last_hidden_state.clone()
+    theirs = PeftModelForFeatureExtraction.from_pretrained(load_base("tiny:bert").model, tmp_path / "saved")
+    with torch.no_grad():
+        found_BTD = theirs.eval()(input_ids=ids_BT).last_hidden_state
+    torch.testing.assert_close(found_BTD, ours_BTD, atol=1e-5, rtol=1e-4)
 
 
 # ---- bad input, and a user's own files
