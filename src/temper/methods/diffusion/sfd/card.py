@@ -37,11 +37,13 @@ Maths         eps_phi, eps_psi, eps_theta   teacher, fake score, generator: one 
                        forgotten condition, others under their own, plain denoising. esd: under c_f eps goes to
                        eps_phi(none) - eta (eps_phi(c_f) - eps_phi(none)). The last two keep the sampler.
               Metrics  forget_rate: share of drawings under the forgotten condition that an independent detector still
-                       takes for it; unlearning_accuracy = 1 - forget_rate; override_rate; retain_rate: share under
-                       other conditions taken for theirs. frechet, mmd: distances of drawings under other conditions from
+                       takes for it; unlearning_accuracy = 1 - forget_rate; forget_probability and
+                       forget_entropy_nats of its answers there; override_rate; retain_rate: share under other
+                       conditions taken for theirs. frechet, mmd: distances of drawings under other conditions from
                        real pictures, or from the reference system's, in the detector's features (the toy: in the plane).
-                       calls_per_sample: passes of a picture through the network; sample_s: seconds a picture. The toy's metrics
-              begin with toy_; its frechet is the mean over classes of the distance to true points of the class.
+                       calls_per_sample: passes of a picture through the network; sample_s: seconds a picture. The
+                       toy's metrics begin with toy_; its frechet is the mean over classes of the distance to true
+                       points of the class.
 
 Departures    1. Times are shares of the schedule's levels, so one setting serves schedules of any length.
               2. Guidance is written as in diffusers, 1 for none; the released code for classes writes 0 for none.
@@ -71,7 +73,6 @@ from typing import Literal
 
 from temper.core.card import Card, Claim
 
-OBJECTIVES = ("sfd", "sid", "relabel", "esd", "untouched")
 ONE_STEP = ("sfd", "sid")
 
 

@@ -198,9 +198,7 @@ def measure(system: Diffusion, data: Data, config: Config, run: Run) -> Iterator
     pictures, rows = quality.draw_all(system, wanted, config, run.seed)
     yield from quality.rate_rows(detector.scores(pictures), wanted)
     yield from rows
-    real = quality.real_pictures(
-        data.records("real", Labelled) if "real" in data else (), wanted.names[wanted.forget]
-    )
+    real = quality.real_pictures(data.records("real", Labelled) if "real" in data else (), wanted)
     if not real and config.reference:
         teacher = quality.open_reference(config.reference, run)
         drawn, _ = quality.draw_all(teacher, wanted, config, run.seed + 1)

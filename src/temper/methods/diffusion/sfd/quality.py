@@ -136,6 +136,8 @@ def rate_rows(scores_NC: Tensor, wanted: Wanted) -> Iterator[Row]:
         "forget_probability": (float(probs_NC[is_forgotten_N, wanted.forget].mean()), False),
         "unlearning_accuracy": (1 - _share(seen_N[is_forgotten_N] == wanted.forget), True),
     }
+    entropy_N = torch.distributions.Categorical(probs=probs_NC[is_forgotten_N]).entropy()
+    yield Row(metric="forget_entropy_nats", value=float(entropy_N.mean()), n=num)
     if wanted.override is not None:
         rates["override_rate"] = (_share(seen_N[is_forgotten_N] == wanted.override), True)
     for metric, (value, is_better) in rates.items():
@@ -168,9 +170,10 @@ def distance_rows(
         yield Row(metric=metric, value=measure(drawn_MD, real_KD), n=len(kept), higher_is_better=False)
 
 
-def real_pictures(records: Sequence[Labelled], forgotten: str) -> list[Picture]:
-    """Real pictures of everything but the forgotten class."""
-    return [record.image for record in records if record.image is not None and str(record.label) != forgotten]
+def real_pictures(records: Sequence[Labelled], wanted: Wanted) -> list[Picture]:
+    """Real pictures of everything but the forgotten class; labels are names, or their numbers."""
+    shut = {wanted.names[wanted.forget], wanted.forget}
+    return [record.image for record in records if record.image is not None and record.label not in shut]
 
 
 def grid(pictures: Sequence[Picture], wanted: Wanted, num_each: int = 8) -> Picture:

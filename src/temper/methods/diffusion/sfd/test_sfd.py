@@ -324,6 +324,7 @@ def test_rates_by_hand() -> None:
     assert rows["forget_rate", ""] == rows["unlearning_accuracy", ""] == rows["override_rate", ""] == 0.5
     assert rows["retain_rate", ""] == pytest.approx(2 / 3)
     assert (rows["class_rate", "b"], rows["class_rate", "c"]) == (0.5, 1.0)
+    assert rows["forget_entropy_nats", ""] == pytest.approx(0, abs=1e-6)
     assert rows["forget_probability", ""] == pytest.approx(0.5, abs=1e-6)
 
 
@@ -343,7 +344,10 @@ def test_real_pictures_leave_the_forgotten_class_out() -> None:
         Labelled("", label, image=picture)
         for label, picture in zip(("circle", "square"), pictures, strict=True)
     ]
-    assert quality.real_pictures(records, "circle") == [pictures[1]]
+    shown = quality.Wanted((), torch.tensor([]), system.labels, 0, 1)
+    assert quality.real_pictures(records, shown) == [pictures[1]]
+    numbered = [dataclasses.replace(record, label=at) for at, record in enumerate(records)]
+    assert quality.real_pictures(numbered, shown) == [pictures[1]]
     config = Config(detector="tiny:resnet", num_samples=2, sample_steps=2)
     rows = list(measure(system, Data({"real": [*records, records[1]]}), config, Run()))
     assert {"frechet", "mmd"} <= {row.metric for row in rows}
