@@ -42,11 +42,12 @@ Departures    1. The autoencoders' output is linear: embeddings have no bound, a
               9. Backdoor removal is ours: the paper removes data, classes and noisy labels.
 
 Limits        A random share of the data has the embeddings of the rest, so the two autoencoders agree and little happens: a
-              warning says so. s sums over the embedding's width: where it is far above 1, N is flat near e, L_UE has hardly
-              a gradient and alignment does the work. Neither term bounds how far features go; choose the rates on rows that are not for the test.
-              The loss sums over a step's rows, so rates go with batch_rows. A linear probe may read a forgotten class from
-              the features still (probe_f_accuracy). All pixels of the parts are held in memory. LAF reads no labels; rows
-              without any need one in their file all the same: write 0.
+              warning says so. s sums over the embedding's width, so N is mostly flat near e and Adam blows up what is left
+              of its gradient: on digits (one development seed) step (a) alone ruins the remaining rows, and step (b) alone
+              forgets a class as well as both. Neither bounds how far features go; choose the rates on rows that are not
+              for the test. The loss sums over a step's rows, so rates go with batch_rows. A linear probe may read a
+              forgotten class from the features still (probe_f_accuracy). All pixels of the parts are held in memory. LAF
+              reads no labels; rows without any need one in their file all the same: write 0.
 Reference code  github.com/ShaofeiShen768/LAF (MIT; facts only).
 """
 
@@ -56,9 +57,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from temper.core.card import Card, Claim
-
-TECHNIQUES = ("laf", "learn", "retrain", "ascent", "finetune")
-ARMS = ("laf", "laf_r", "ascent", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
