@@ -146,3 +146,23 @@ def test_truth_is_of_the_first_object() -> None:
     assert found["shape"].tolist() == [5, 0, 9]
     assert found["colour"].tolist() == [0, 7, 3]
     assert found["style"].tolist() == [STYLES.index("neon")] * 3
+
+
+@pytest.mark.slow
+def test_clip_is_as_good_as_it_is_said_to_be() -> None:
+    """Zero-shot over 80 names, on test pictures; trains it where it is not there."""
+    world_models.ensure("clip")
+    system = load_base("world:clip")
+    assert isinstance(system, DualEncoder)
+    found = {style: clip.names_accuracy(system, style) for style in STYLES}
+    assert all(found[style] >= least for style, least in clip.QUALITY.items()), found
+
+
+@pytest.mark.slow
+def test_the_judge_is_as_good_as_it_is_said_to_be() -> None:
+    """Share of right names on unseen pictures of both sizes; trains it where it is not there."""
+    world_models.ensure("attributes")
+    judge = load_base("world:attributes")
+    assert isinstance(judge, ImageClassifier)
+    found = attributes.judged_accuracy(judge)
+    assert all(found[name] >= least for name, least in attributes.QUALITY.items()), found

@@ -31,6 +31,7 @@ __all__ = [
     "PARAMETERS",
     "NameAttributes",
     "Seen",
+    "judged_accuracy",
     "read_attributes",
     "train_attributes",
     "truth",
@@ -49,7 +50,16 @@ PARAMETERS: dict[str, Json] = {
     "lr": 4e-3,
     "weight_decay": 0.01,
 }
-FIRST_SEED = 5_000_000
+QUALITY = {
+    "shape 16": 0.9,
+    "shape 32": 0.9,
+    "colour 16": 0.9,
+    "colour 32": 0.9,
+    "style 16": 0.95,
+    "style 32": 0.95,
+}
+"""What `judged_accuracy` gives at least."""
+FIRST_SEED, TEST_SEED = 5_000_000, 6_000_000
 """Scenes that no data set holds."""
 
 
@@ -152,6 +162,20 @@ def truth(scenes: Sequence[Scene]) -> dict[str, Tensor]:
         "style": [STYLES.index(scene.style) for scene in scenes],
     }
     return {name: torch.tensor(numbers) for name, numbers in values.items()}
+
+
+def judged_accuracy(system: ImageClassifier, num: int = 800) -> dict[str, float]:
+    """Share of right names, "ATTRIBUTE SIDE" -> share, over test pictures of both sizes that no training saw."""
+    found = {}
+    for side in (16, 32):
+        scenes = draw_scenes(SceneRecipe(size_px=side), range(TEST_SEED, TEST_SEED + num))
+        pixels_NCHW = torch.from_numpy(render(scenes).transpose(0, 3, 1, 2).copy()).float() / 255
+        seen = read_attributes(system, pixels_NCHW.to(system.device))
+        right = truth(scenes)
+        for name, values in ATTRIBUTES.items():
+            guess_N = torch.tensor([values.index(word) for word in seen.names[name]])
+            found[f"{name} {side}"] = float((guess_N == right[name]).float().mean())
+    return found
 
 
 def _write(folder: Path) -> None:
