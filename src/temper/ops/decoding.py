@@ -164,8 +164,8 @@ class Loop:
 class Decoding(Protocol):
     """What `decode` drives: rows start, get their first token, step on together, and leave when they are done."""
 
-    active: list[RowState]
-
+    @property
+    def active(self) -> list[RowState]: ...
     @property
     def backend(self) -> Backend: ...
     def start(self, prefilled: Prefilled, sample: int, limit: int) -> RowState: ...
