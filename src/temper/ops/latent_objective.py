@@ -6,8 +6,9 @@ rows with their shared perturbation and the benign rows without.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -16,13 +17,29 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from temper.ops.batching import Batch, Example, collate
+from temper.core.types import Json, Run
+from temper.ops.batching import Batch, Example, collate, plan_batches
 from temper.ops.hooks import capture
 from temper.ops.latent import Ball, Found, attack
 from temper.ops.objectives import SumCount
-from temper.ops.toward_away import TokenScores, score_tokens
+from temper.ops.precision import autocast
+from temper.ops.toward_away import TokenScores, mean_rows, score_tokens, toward_tokens
+from temper.ops.train import TrainLog, TrainSettings, train
 
-__all__ = ["Game", "LatentItem", "LatentObjective", "Search", "Seen", "rounds", "scored_count"]
+__all__ = [
+    "Attacked",
+    "Game",
+    "LatentItem",
+    "LatentObjective",
+    "Search",
+    "Seen",
+    "attack_figures",
+    "attack_items",
+    "mean_bad_loss",
+    "rounds",
+    "scored_count",
+    "train_rounds",
+]
 
 Kind = Literal["bad", "good"]
 
@@ -242,3 +259,76 @@ def _rows(items: Sequence[LatentItem], kinds: Sequence[Kind]) -> tuple[list[Exam
 
 def _split(scores: TokenScores, kinds: Sequence[Kind], size: int) -> dict[str, TokenScores]:
     return {str(kind): scores.of(at * size, (at + 1) * size) for at, kind in enumerate(kinds)}
+
+
+def mean_bad_loss(scores: Mapping[str, TokenScores]) -> Tensor:
+    """Each bad reply's cross-entropy a token, (B,): what the plain attack lowers."""
+    return mean_rows(toward_tokens(scores["bad"]), scores["bad"])
+
+
+class Attacked(NamedTuple):
+    """Each item's attack loss without and with its perturbation, (N,), on the CPU, and the share on the boundary."""
+
+    before_N: Tensor
+    after_N: Tensor
+    boundary_share: float
+
+
+def attack_items(
+    model: nn.Module, items: Sequence[LatentItem], objective: LatentObjective, run: Run
+) -> Attacked:
+    """The objective's attack on every item, in batches of the run's token budget; nothing is trained."""
+    before_N, after_N, on_boundary = torch.zeros(len(items)), torch.zeros(len(items)), 0.0
+    for places in plan_batches([item.num_tokens for item in items], run):
+        with autocast(run):
+            found = objective.find(model, [items[place] for place in places])
+        before_N[places] = found.before_N.float().cpu()
+        after_N[places] = found.after_N.float().cpu()
+        on_boundary += found.boundary_share * len(places) / len(items)
+    return Attacked(before_N, after_N, on_boundary)
+
+
+def train_rounds(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    items_of: Callable[[int], Sequence[LatentItem]],
+    objective: LatentObjective,
+    settings: TrainSettings,
+    run: Run,
+) -> TrainLog:
+    """`train` in rounds of `num_repeats` steps on one batch and its perturbations; checkpoints fall between rounds.
+
+    `items_of(epoch)` gives an epoch's items, always as many.
+    """
+    repeats = objective.num_repeats
+    run = replace(run, checkpoint_every=math.ceil(run.checkpoint_every / repeats) * repeats)
+    with objective:
+        return train(
+            model,
+            parameters,
+            lambda epoch: rounds(items_of(epoch), settings.batch_rows, repeats, run.seed, epoch),
+            objective,
+            replace(settings, shuffle=False),
+            run,
+            length=lambda item: item.num_tokens,
+            before_step=objective.next_step,
+        )
+
+
+def attack_figures(log: TrainLog) -> dict[str, Json]:
+    """Curves for the report: the attack's losses, the share on the boundary and the passes of each step."""
+    steps = list(range(log.num_steps))
+
+    def curve(y: str, **names: str) -> dict[str, Json]:
+        lines = {label: {"x": steps, "y": log.terms[name]} for label, name in names.items()}
+        return {"x": "optimiser step", "y": y, "lines": lines}
+
+    return {
+        "curves": {
+            "Attack loss": curve("nats a token", without="attack_before", attacked="attack_after"),
+            "Perturbed tokens on the boundary": curve("share", tokens="boundary_share"),
+            "Passes of one row for each item": curve(
+                "passes", forward="forward_passes", backward="backward_passes"
+            ),
+        }
+    }
