@@ -38,7 +38,7 @@ UNKNOWN_NATS = -1e4
 """Log-probability of an id beyond a model's vocabulary rows: below any real one, and still a number in JSON."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ReferenceCheck:
     """A step rule that makes `generate` draft and check; alone it changes no logits, for tokens have to be taken back.
 

@@ -1,0 +1,1 @@
+"""Safeguards that survive attack and tampering."""

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 LEAST_ALPHA = 1.01
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class KeptCheck(ReferenceCheck):
     """A check that keeps its reference's artefacts in force for as long as it lives."""
 
