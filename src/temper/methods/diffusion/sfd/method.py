@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,11 @@ from temper.ops.precision import autocast
 from temper.systems.diffusion import Condition, Diffusion
 from temper.systems.noise import level
 
-__all__ = ["OneStep", "build_steer", "fit", "measure", "problem_of"]
+__all__ = ["OneStep", "build_steer", "estimate", "fit", "measure", "problem_of"]
 
 SLUG = "sfd"
+TOY_STEP_S = 5e-3
+"""Seconds of a term of a step of the toy."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,14 @@ def measure(system: Diffusion, data: Data, config: Config, run: Run) -> Iterator
         yield from quality.distance_rows(detector, pictures, real, wanted)
     title = f"Drawings by {wanted.names[wanted.forget]} (first line) and the others"
     _write_figures(run, {"pictures": {title: _picture(quality.grid(pictures, wanted).png())}})
+
+
+def estimate(system_facts: Mapping[str, Any], data: Data | None, config: Config) -> dict[str, float]:
+    """Seconds of the toy; nothing for a system."""
+    if not config.toy:
+        return {}
+    num_terms = {"sfd": 2.0, "sid": 1.0}.get(config.objective, 0.2)
+    return {"seconds": TOY_STEP_S * (config.toy_steps / 4 + config.num_steps * num_terms)}
 
 
 def _wanted(system: Diffusion, data: Data, config: Config) -> quality.Wanted:

@@ -13,7 +13,7 @@ from temper.artefacts import Stack, Weights, load_artefact
 from temper.core.errors import ConfigError, DataError, ModelError, NumericsError
 from temper.core.types import Run
 from temper.data.schemas import Data, Labelled, Text
-from temper.methods.diffusion.sfd import distil, losses, quality, toy
+from temper.methods.diffusion.sfd import distil, losses, method, quality, toy
 from temper.methods.diffusion.sfd.card import Config
 from temper.methods.diffusion.sfd.method import SLUG, fit, measure, problem_of
 from temper.ops.diffusion import counting, snr
@@ -368,6 +368,14 @@ def test_the_toy_is_the_same_for_the_same_seed() -> None:
     first, second = ([(r.metric, r.value) for r in toy.measure(config, Run(seed=2))[0]] for _ in range(2))
     assert [r for r in first if not r[0].endswith("_s")] == [r for r in second if not r[0].endswith("_s")]
     assert all(row.split == "toy" for row in toy.measure(config, Run(seed=2))[0])
+
+
+def test_only_the_toy_says_what_it_takes() -> None:
+    toy_s = [
+        method.estimate({}, None, Config(toy=True, objective=name))["seconds"] for name in ("sfd", "sid")
+    ]
+    assert toy_s[0] > toy_s[1] > 0
+    assert method.estimate({}, None, Config()) == {}
 
 
 def test_the_toy_asks_its_own_detector_for_overrides() -> None:
