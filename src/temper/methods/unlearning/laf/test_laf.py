@@ -255,11 +255,24 @@ def test_what_it_is_compared_with_moves_the_loss_its_way(system, data, technique
         assert sign * (nll(changed) - before) > 0
 
 
-def test_departure_7_micro_batches_change_nothing(system, data):
+def test_micro_batches_change_nothing(system, data):
     config = quick(technique="learn", learn_epochs=2)
     one, many = (fit(system, data, config, Run(seed=0, batch_tokens=tokens)) for tokens in (1, 4096))
     for name, tensor in one.tensors.items():
         assert torch.allclose(tensor, many.tensors[name], atol=1e-5)
+
+
+def test_departure_7_decay_is_adamws(system, data):
+    """One step with decay differs from one without by -lr * decay * weight, whatever the gradient."""
+    one_step = quick(technique="retrain", learn_epochs=1, batch_rows=16, learn_lr=1e-3)
+    decayed, plain = (
+        fit(system, data, dataclasses.replace(one_step, weight_decay=decay), RUN).tensors
+        for decay in (0.5, 0.0)
+    )
+    start = system.model.head.weight.detach()
+    gap = decayed["head.weight"] - plain["head.weight"]
+    assert torch.allclose(gap, -1e-3 * 0.5 * start, atol=1e-7)
+    assert torch.equal(decayed["head.bias"], plain["head.bias"])
 
 
 # Warnings and bad input

@@ -75,7 +75,7 @@ def test_departure_6_wrong_labels_are_drawn_among_all_others():
     assert {record.extra[TRUE_LABEL] for record in parts["forget"]} == {0}
 
 
-def test_a_trigger_is_stamped_and_leads_to_the_target():
+def test_departure_9_a_trigger_is_stamped_and_leads_to_the_target():
     parts = task(task="backdoor", share=0.25, target="1")
     assert len(parts["forget"]) == 4 * 5
     for part in ("forget", "triggered"):
