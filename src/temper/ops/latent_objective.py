@@ -22,6 +22,7 @@ from temper.ops.batching import Batch, Example, collate, plan_batches
 from temper.ops.hooks import capture
 from temper.ops.latent import Ball, Found, attack
 from temper.ops.objectives import SumCount
+from temper.ops.optim import adamw
 from temper.ops.precision import autocast
 from temper.ops.toward_away import TokenScores, mean_rows, score_tokens, toward_tokens
 from temper.ops.train import TrainLog, TrainSettings, train
@@ -295,12 +296,24 @@ def train_rounds(
     objective: LatentObjective,
     settings: TrainSettings,
     run: Run,
+    *,
+    restart_optimizer: bool = False,
 ) -> TrainLog:
     """`train` in rounds of `num_repeats` steps on one batch and its perturbations; checkpoints fall between rounds.
 
-    `items_of(epoch)` gives an epoch's items, always as many.
+    `items_of(epoch)` gives an epoch's items, always as many. `restart_optimizer` forgets AdamW's moments at every round.
     """
-    repeats = objective.num_repeats
+    repeats, built = objective.num_repeats, []
+
+    def build(trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        built.append(adamw(trained, settings.lr, settings.weight_decay, settings.betas, settings.eps))
+        return built[0]
+
+    def before_step(step: int) -> None:
+        objective.next_step(step)
+        if restart_optimizer and step % repeats == 0:
+            built[0].state.clear()
+
     run = replace(run, checkpoint_every=math.ceil(run.checkpoint_every / repeats) * repeats)
     with objective:
         return train(
@@ -311,7 +324,8 @@ def train_rounds(
             replace(settings, shuffle=False),
             run,
             length=lambda item: item.num_tokens,
-            before_step=objective.next_step,
+            build_optimizer=build,
+            before_step=before_step,
         )
 
 
