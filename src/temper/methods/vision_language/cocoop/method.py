@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from temper.artefacts import Steer
 from temper.artefacts.base import only_full_strength
@@ -25,6 +24,12 @@ from temper.methods.vision_language.cocoop.learner import (
     frozen,
     start_learner,
 )
+from temper.methods.vision_language.cocoop.probe import (
+    PICTURES_AT_ONCE,
+    image_vectors,
+    picture_of,
+    probe_accuracy,
+)
 from temper.methods.vision_language.cocoop.prompts import build_prompts
 from temper.methods.vision_language.cocoop.protocols import (
     class_name,
@@ -35,13 +40,13 @@ from temper.methods.vision_language.cocoop.protocols import (
     split_classes,
 )
 from temper.ops.precision import autocast
+from temper.ops.stats import wilson
 from temper.ops.train import TrainLog, TrainSettings, train
 from temper.systems.dual_encoder import DualEncoder
 
-__all__ = ["build_steer", "fit", "learn", "learned_prompts", "measure", "probe_accuracy"]
+__all__ = ["build_steer", "fit", "learn", "learned_prompts", "measure"]
 
 SLUG = "cocoop"
-PICTURES_AT_ONCE = 256
 
 
 def fit(system: DualEncoder, data: Data, config: Config, run: Run) -> Steer:
@@ -82,9 +87,9 @@ def learn(
     """Train the learner in place."""
     num_context = learner.context.shape[-2]
     prompts = build_prompts(system, names, num_context, config.position, config.ending)
-    pixels_NCHW = system.pixels([_picture(record) for record in shots])
+    pixels_NCHW = system.pixels([picture_of(record) for record in shots])
     with torch.no_grad():
-        image_NE = _image_vectors(system, pixels_NCHW)
+        image_NE = image_vectors(system, pixels_NCHW)
     number = {name: index for index, name in enumerate(names)}
     class_N = torch.tensor([number[class_name(record)] for record in shots], device=system.device)
     looked_at = FewShot(image_NE, pixels_NCHW if config.augment else None, class_N)
@@ -223,9 +228,17 @@ def _domains(records: Sequence[Labelled], config: Config) -> dict[str, list[Labe
 
 
 def _share(metric: str, value: float, num: int, group: str = "") -> Row:
-    stderr = (value * (1 - value) / num) ** 0.5
+    found = wilson(round(value * num), num)
     return Row(
-        metric=metric, value=value, n=num, stderr=stderr, split="test", group=group, higher_is_better=True
+        metric=metric,
+        value=value,
+        n=num,
+        stderr=found.stderr,
+        low=found.low,
+        high=found.high,
+        split="test",
+        group=group,
+        higher_is_better=True,
     )
 
 
@@ -235,7 +248,7 @@ def _accuracy(
     """Share of right answers; with a title the first pictures go to the report."""
     right = _right_answers(system, records, names, run)
     if title:
-        write_pictures(title, [_picture(record) for record in records], right, run)
+        write_pictures(title, [picture_of(record) for record in records], right, run)
     return sum(right) / len(right)
 
 
@@ -249,7 +262,7 @@ def _right_answers(
         part = records[start : start + PICTURES_AT_ONCE]
         class_B = torch.tensor([number[class_name(record)] for record in part], device=system.device)
         with autocast(run):
-            logits_BC = system.class_logits(system.pixels([_picture(record) for record in part]), names)
+            logits_BC = system.class_logits(system.pixels([picture_of(record) for record in part]), names)
         right += (logits_BC.argmax(1) == class_B).tolist()
     return right
 
@@ -267,32 +280,3 @@ def _probed(
         raise DataError("A linear probe needs the part train", cure="Give --data train=..., or probe: false.")
     shots = draw_shots(train_rows, names, config.shots, run.seed)
     return _share(metric, probe_accuracy(system, shots, records), len(records))
-
-
-@torch.no_grad()
-def probe_accuracy(system: DualEncoder, shots: Sequence[Labelled], records: Sequence[Labelled]) -> float:
-    """Test accuracy of a logistic regression on image vectors, trained on the shots."""
-    from sklearn.linear_model import LogisticRegression
-
-    def vectors(rows: Sequence[Labelled]) -> Any:
-        pixels_NCHW = system.pixels([_picture(record) for record in rows])
-        return _image_vectors(system, pixels_NCHW).cpu().numpy()
-
-    # The vectors have length 1: the penalty must be light for the weights to grow to CLIP's logit scale.
-    probe = LogisticRegression(C=100.0, max_iter=1000)
-    probe.fit(vectors(shots), [class_name(record) for record in shots])
-    return float(probe.score(vectors(records), [class_name(record) for record in records]))
-
-
-def _image_vectors(system: DualEncoder, pixels_NCHW: Tensor) -> Tensor:
-    return torch.cat([system.image_vectors(part) for part in pixels_NCHW.split(PICTURES_AT_ONCE)])
-
-
-def _picture(record: Labelled) -> Any:
-    if record.image is None:
-        raise DataError(
-            "The row holds a text and no image",
-            where=f"row {record.id!r}",
-            cure="CLIP classifies pictures: give rows with a column image.",
-        )
-    return record.image

@@ -17,7 +17,8 @@ from temper.data.pictures import Picture
 from temper.data.schemas import Data, Labelled
 from temper.data.worlds import load_world
 from temper.methods.vision_language.cocoop.card import Config
-from temper.methods.vision_language.cocoop.method import fit, measure, probe_accuracy
+from temper.methods.vision_language.cocoop.method import fit, measure
+from temper.methods.vision_language.cocoop.probe import probe_accuracy
 from temper.methods.vision_language.cocoop.protocols import (
     class_names,
     draw_shots,
