@@ -16,7 +16,7 @@ from torch import nn
 from temper.artefacts import Tune, Tuning
 from temper.core.errors import DataError
 from temper.core.types import Run
-from temper.data.schemas import Data, Dialogue
+from temper.data.schemas import Data, Dialogue, Text
 from temper.methods.unlearning.flat.card import Config
 from temper.methods.unlearning.flat.divergences import flat_loss, mean_probabilities
 from temper.ops.batching import Example, collate, encode
@@ -135,7 +135,7 @@ class Rows:
 
 def prepare(system: CausalLM, data: Data, config: Config, run: Run) -> Rows:
     """The forget rows and their templates: the part `templates`, or the shipped ones (Departure 5)."""
-    pool = [record.text for record in data["templates"]] if "templates" in data else _shipped()  # type: ignore[union-attr]
+    pool = [record.text for record in data.records("templates", Text)] if "templates" in data else _shipped()
     rows = Rows(system, data["forget"], pool, config, run.seed)
     if min(map(len, rows.pools)) < FEW_TEMPLATES:
         logger.warning(

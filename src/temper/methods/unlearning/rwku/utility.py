@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from temper.core.errors import DataError
 from temper.core.types import Row, Run
@@ -143,7 +144,7 @@ UTILITY: dict[str, tuple[type, Measure]] = {
 def utility_rows(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """Mean and items of each utility part that the data has."""
     for part, (kind, measure) in UTILITY.items():
-        records = data.records(part, kind)[: config.max_rows or None]
+        records: Sequence[Any] = data.records(part, kind)[: config.max_rows or None]
         values = measure(system, records, config, run) if records else []
         if not values:
             continue
