@@ -47,7 +47,16 @@ PARAMETERS: dict[str, Json] = {
     "max_tokens": 32,
     "template": "a photo of a {}",
 }
-QUALITY = {"flat": 0.6, "sketch": 0.5, "mosaic": 0.5, "noisy": 0.25, "chalk": 0.1}
+QUALITY = {
+    "flat": 0.7,
+    "sketch": 0.5,
+    "neon": 0.3,
+    "mosaic": 0.68,
+    "stripe": 0.65,
+    "noisy": 0.35,
+    "pastel": 0.6,
+    "chalk": 0.1,
+}
 """What `names_accuracy` gives at least, style by style."""
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
