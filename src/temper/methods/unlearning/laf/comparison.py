@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from temper.artefacts import Artefact
@@ -18,6 +19,10 @@ __all__ = ["compare"]
 
 Fit = Callable[[ImageClassifier, Data, Config, Run], Artefact]
 SECONDS = "fit_s"
+STEPS: dict[str, tuple[str, ...]] = {
+    "laf": ("laf",), "laf_r": ("laf", "repair"), "ascent": ("ascent",), "finetune": ("finetune",),
+}  # fmt: skip
+"""Arm -> the techniques that follow one another; one that two arms share runs once."""
 
 
 def compare(system: ImageClassifier, data: Data, config: Config, run: Run, fit: Fit) -> Iterator[Row]:
@@ -25,28 +30,28 @@ def compare(system: ImageClassifier, data: Data, config: Config, run: Run, fit: 
     quiet = dataclasses.replace(run, folder=None, checkpoint_every=0)
     parts = prepare(system, data, config)
 
-    def timed(base: ImageClassifier, **changes: Any) -> tuple[Artefact, float]:
+    def timed(base: ImageClassifier, technique: str) -> tuple[Artefact, float]:
         began = time.monotonic()
-        return fit(base, data, dataclasses.replace(config, **changes), quiet), time.monotonic() - began
+        settings: Any = {"technique": technique, "compare": ()}
+        return fit(base, data, dataclasses.replace(config, **settings), quiet), time.monotonic() - began
 
-    retrained, seconds = timed(system, technique="retrain")
+    retrained, seconds = timed(system, "retrain")
     with retrained.apply(system) as applied:
         reference = look(applied, parts, config, run)
     yield from _arm("retrained", reference, parts, run, None, seconds)
-    original, seconds = timed(system, technique="learn")
+    original, seconds = timed(system, "learn")
+    made: dict[str, tuple[Artefact, float]] = {}
     with original.apply(system) as base:
         yield from _arm("original", look(base, parts, config, run), parts, run, reference, seconds)
         for name in run.ticker(config.compare, total=len(config.compare), label="techniques"):
-            unlearned, seconds = timed(base, **_changes(name))
-            with unlearned.apply(base) as applied:
+            with ExitStack() as stack:
+                applied, seconds = base, 0.0
+                for technique in STEPS[name]:
+                    made[technique] = made.get(technique) or timed(applied, technique)
+                    applied = stack.enter_context(made[technique][0].apply(applied))
+                    seconds += made[technique][1]
                 seen = look(applied, parts, config, run)
             yield from _arm(name, seen, parts, run, reference, seconds)
-
-
-def _changes(name: str) -> dict[str, Any]:
-    if name == "laf":
-        return {"technique": "laf", "repair_rows": 0, "compare": ()}
-    return {"technique": "laf" if name == "laf_r" else name, "compare": ()}
 
 
 def _arm(

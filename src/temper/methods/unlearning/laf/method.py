@@ -38,8 +38,8 @@ def _train(tuned: Tuning, data: Data, config: Config, run: Run) -> None:
     forget, retain = (data.records(part, Labelled) for part in ("forget", "retain"))
     if config.technique == "laf":
         training.unlearn(tuned, training.pictures(tuned.system, data), config, run)
-        if config.repair_rows:
-            training.repair(tuned, retain, config, run)
+    elif config.technique == "repair":
+        training.repair(tuned, retain, config, run)
     elif config.technique == "ascent":
         training.learn(tuned, forget, config, run, config.ascent_epochs, config.ascent_lr, sign=-1.0)
     elif config.technique == "finetune":
