@@ -18,7 +18,16 @@ from temper.core.errors import DataError
 from temper.core.types import Json, Message
 from temper.data.schemas import Choice, Data, Dialogue, Record, Text
 
-__all__ = ["ATTACK_TYPES", "Fact", "attack_query", "build", "facts_of", "short_answer", "wordings"]
+__all__ = [
+    "ATTACK_TYPES",
+    "Fact",
+    "attack_query",
+    "biographies",
+    "build",
+    "facts_of",
+    "short_answer",
+    "wordings",
+]
 
 ATTACK_TYPES = (
     "prefix injection",
