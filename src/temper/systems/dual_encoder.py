@@ -117,9 +117,9 @@ class DualEncoder(LocalSystem):
         """
         if not texts:
             return []
-        rows = self.tokenizer(list(texts), split_special_tokens=True, return_attention_mask=False)[
-            "input_ids"
-        ]
+        rows = self.tokenizer(
+            list(texts), split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
         for text, row in zip(texts, rows, strict=True):
             self.check_ids(row, text)
         return [list(row) for row in rows]
