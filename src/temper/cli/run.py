@@ -27,6 +27,7 @@ from temper.store import lines
 __all__ = ["register", "run_command"]
 
 NUM_SHOWN = 60
+MAPS_SHOWN = 6
 
 
 def register(app: typer.Typer, name: str, help_line: str) -> None:
@@ -128,8 +129,11 @@ def _show(result: RunResult, as_json: bool) -> None:
         print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
     if len(table.rows) > NUM_SHOWN:
         say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
-    for attacked in attack_maps(rows)[:NUM_SHOWN]:
+    maps = attack_maps(rows)
+    for attacked in maps[:MAPS_SHOWN]:
         print_table((attacked.metric, *attacked.arms), _attack_lines(attacked))
+    if len(maps) > MAPS_SHOWN:
+        say(f"... {len(maps) - MAPS_SHOWN} more metrics under attack: see the report (--report)")
     for step in result.plan.steps:
         if step.verb == "fit" and "against" not in step.label:
             print(f"{step.id} (seed {step.seed}): {_spec(step, folder.step(step.name).path)}")

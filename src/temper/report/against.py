@@ -62,7 +62,12 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
     out: dict[tuple[str, str], list[SummaryRow]] = {}
     for line in summary_table(named, groups=True).rows:
         out.setdefault((line.metric, line.split), []).append(line)
-    return {key: found for key, found in out.items() if any(line.group != UNATTACKED for line in found)}
+    return {key: found for key, found in out.items() if any(_is_known(line) for line in found)}
+
+
+def _is_known(line: SummaryRow) -> bool:
+    """Whether the line says something of an attack."""
+    return line.group != UNATTACKED and any(cell.value is not None for cell in line.cells.values())
 
 
 def _named(row: Row) -> Row:
