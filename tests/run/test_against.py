@@ -72,12 +72,12 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     assert chosen.arms == ["fitted", "plain"]
     assert chosen.groups == ["none", "relearn num_steps 1", "relearn num_steps 2", "4-bit"]
     assert all(cell is not None and cell.low is not None for line in chosen.cells for cell in line)
-    curve = attack_curves(list(result.folder.rows()))["forget_probability forget under relearn"]
+    curve = attack_curves(list(result.folder.rows()))["forget_probability under relearn"]
     assert curve["x"] == "num_steps"
     assert [line["x"] for line in curve["lines"].values()] == [[0.0, 1.0, 2.0]] * 2
     page = render_report(result.folder.path)
     assert "Under attack" in page
-    assert "forget_probability forget under relearn" in page
+    assert "forget_probability under relearn" in page
     again = run_recipe(str(recipe), out=str(tmp_path / "runs"))
     assert set(again.outcomes.values()) == {"kept"}
 

@@ -15,6 +15,7 @@ UNATTACKED = "none"
 PLAIN = "plain"
 DEFENDED = "fitted"
 MAX_CURVES = 6
+CAPTION = "The fitted system and the plain one, attacked with the same budget."
 
 
 def is_attacked(row: Row) -> bool:
@@ -49,9 +50,10 @@ def attack_curves(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
                 points = _points(found, arm, start | steps)
                 if len(points) > 1:
                     lines[arm] = {"x": [x for x, _ in points], "y": [y for _, y in points]}
-            title = f"{metric} {split} under {opponent}".replace("  ", " ")
+            name = metric if metric.startswith(split) else f"{metric} {split}"
+            title = f"{name} under {opponent}"
             if lines and len(out) < MAX_CURVES:
-                out[title] = {"x": setting, "y": metric, "lines": lines}
+                out[title] = {"x": setting, "y": metric, "lines": lines, "caption": CAPTION}
     return out
 
 
