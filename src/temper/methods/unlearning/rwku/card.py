@@ -59,7 +59,7 @@ class Config:
 
     folder: str = ""
     """`make`: a folder with your copy of the benchmark's files, named as the hub's configs or as in one target's folder of the
-    reference code; empty = build the stand-in from the data."""
+    reference code; empty = build the stand-in from the data. A finished run does not notice when the files change."""
     subjects: tuple[str, ...] = ()
     """`make`: only rows about these targets; empty = all."""
     num_facts: int = 0

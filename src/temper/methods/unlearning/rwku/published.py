@@ -112,6 +112,13 @@ FILES: dict[str, tuple[tuple[str, ...], Callable[[Row, Place, str], Record]]] = 
 """Part -> the names its file may have, without suffix, and what makes a record of a row."""
 
 
+def _file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """`NAME.json` or another suffix, or the first file of a folder NAME, as a hub's download has it."""
+    plain = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+    nested = [f for n in names if (folder / n).is_dir() for f in sorted((folder / n).iterdir())]
+    return next((f for f in (*plain, *nested) if f.is_file() and f.suffix in SUFFIXES), None)
+
+
 def load_folder(folder: str | Path, subjects: tuple[str, ...] = ()) -> Data:
     """The parts whose files are there, only rows of `subjects` where any are named.
 
@@ -120,7 +127,7 @@ def load_folder(folder: str | Path, subjects: tuple[str, ...] = ()) -> Data:
     path = Path(folder).expanduser()
     parts: dict[str, list[Record]] = {}
     for part, (names, build) in FILES.items():
-        file = next((path / f"{n}{s}" for n in names for s in SUFFIXES if (path / f"{n}{s}").is_file()), None)
+        file = _file(path, names)
         if file is not None:
             rows = [
                 build(row.values, row.place, f"{part}-{row.place.row}")

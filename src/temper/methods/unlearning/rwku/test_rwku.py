@@ -325,6 +325,19 @@ def test_a_copy_of_the_benchmark_is_read_and_measured(copy: Path, system: Any) -
     assert make(None, Data({}), Config(folder=str(copy)), Run()).fingerprint == load_folder(copy).fingerprint
 
 
+def test_a_hubs_download_has_a_folder_for_each_config(tmp_path: Path) -> None:
+    (tmp_path / "forget_level1").mkdir()
+    row = {
+        "subject": "Ada",
+        "query": "Ada was born in ___.",
+        "answer": "Ruskmere",
+        "level": "1",
+        "type": "cloze",
+    }
+    (tmp_path / "forget_level1" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_folder(tmp_path).records("forget_level1", Dialogue)[0].reply == "Ruskmere"
+
+
 def test_made_probes_survive_the_disk(probes: Data, tmp_path: Path) -> None:
     from temper.data.loading import write_jsonl
     from temper.methods.unlearning.rwku.card import PARTS
