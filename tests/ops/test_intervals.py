@@ -11,6 +11,7 @@ from temper.ops.bounds import input_box, verified_mask
 from temper.ops.intervals import Interval, recomputed_margins
 from temper.ops.network_bounds import BoundedNetwork
 from temper.ops.perturb import pgd, untargeted
+from temper.systems.efficientnet import EfficientNetLite0
 from temper.systems.loading import load_base
 from temper.systems.networks import HEAD, build_network
 
@@ -105,7 +106,7 @@ class Choosy(nn.Module):
             raise ValueError("4 columns")
         if self.asks_values and x[0, 0] > 0:
             x = x + 1
-        return self.head(torch.relu(x) if x.size(0) >= 1 else x)
+        return self.head(torch.relu(x) if x.size(-1) >= 1 else x)
 
 
 def test_branches_on_sizes_are_decided_and_those_on_values_refused():
@@ -134,6 +135,27 @@ def test_a_transformers_classifier_in_training_mode_keeps_its_statistics_while_i
     torch.testing.assert_close(found.margins.double(), again, atol=1e-4, rtol=1e-4)
 
 
+def test_a_network_that_computes_its_padding_from_sizes():
+    torch.manual_seed(0)
+    network = EfficientNetLite0(3, (2, 33, 32)).double().eval()
+    inputs = input_box(torch.rand(2, 2, 33, 32, dtype=torch.float64), 1e-6)
+    bounded, labels = BoundedNetwork(network, (2, 33, 32)), torch.tensor([0, 2])
+    found = bounded.bounds(inputs, labels, clean=True)
+    torch.testing.assert_close(found.clean, network(inputs.clean))
+    again = recomputed_margins(network, "fc", Interval(inputs.box.lower, inputs.box.upper), labels)
+    torch.testing.assert_close(found.margins, again)
+
+
+class Padding(nn.Module):
+    def forward(self, x):
+        return nn.functional.pad(x, (1, 1), value=2.0)
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return nn.functional.linear(x, x)
+
+
 class Dividing(nn.Module):
     def forward(self, x):
         return 1.0 / x
@@ -148,6 +170,8 @@ class Squaring(nn.Module):
     ("network", "words"),
     [
         (Dividing(), "divides by a value"),
+        (Padding(), "another value than 0"),
+        (Mixing(), "weights are values of the network"),
         (Squaring(), "both sides are values"),
         (nn.Sequential(nn.ReLU(inplace=True)), "in place that is used again"),
     ],

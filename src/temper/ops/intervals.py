@@ -23,6 +23,7 @@ RISING = {
     "relu", "relu_", "leaky_relu", "elu", "celu", "selu", "relu6", "hardtanh", "sigmoid", "tanh", "softplus",
     "logsigmoid", "hardsigmoid", "softsign", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d",
     "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape", "contiguous",
+    "pad",
 }  # fmt: skip
 """Names of functions and methods that never fall in any entry, so both ends go through them as they are."""
 

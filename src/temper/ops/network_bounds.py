@@ -31,18 +31,20 @@ from temper.ops.network_graph import read_graph, reads_shape
 __all__ = ["ACTIVATIONS", "AFFINE", "SUMS", "BoundedNetwork", "Bounds"]
 
 AFFINE = (nn.Linear, nn.Conv2d)
+FUNCTIONAL = (F.linear, F.conv2d)
+"""The same with weights of the network as arguments."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 RECTIFIERS = (nn.ReLU, F.relu, torch.relu, "relu")
 RISING = (
     nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.LogSigmoid,
-    nn.Hardsigmoid, nn.Softsign, F.leaky_relu, F.elu, F.softplus, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh,
+    nn.Hardsigmoid, nn.Softsign, F.leaky_relu, F.relu6, F.elu, F.softplus, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh,
     "sigmoid", "tanh",
 )  # fmt: skip
 """Activations that never fall; those with a slope are checked for its sign."""
 ACTIVATIONS = (*RECTIFIERS, *RISING)
 POOLING = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.adaptive_max_pool2d)
 AVERAGING = (
-    nn.Flatten, nn.AvgPool2d, nn.AdaptiveAvgPool2d, torch.flatten, F.avg_pool2d, F.adaptive_avg_pool2d,
+    nn.Flatten, nn.ZeroPad2d, F.pad, nn.AvgPool2d, nn.AdaptiveAvgPool2d, torch.flatten, F.avg_pool2d, F.adaptive_avg_pool2d,
     torch.mean, "mean", "flatten", "view", "reshape", "contiguous",
 )  # fmt: skip
 """Linear maps with no negative weight: the same on centre and radius."""
@@ -54,7 +56,7 @@ PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul")
 QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div")
 ARITHMETIC = (*SUMS, *DIFFERENCES, *PRODUCTS, *QUOTIENTS)
 JOINS = (torch.cat, torch.concat)
-RULES = (*AFFINE, *NORMS, *ACTIVATIONS, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
+RULES = (*AFFINE, *FUNCTIONAL, *NORMS, *ACTIVATIONS, *POOLING, *AVERAGING, *NOTHING, *ARITHMETIC, *JOINS)
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -160,6 +162,11 @@ def _trouble(node: fx.Node, rule: Any, module: Any) -> str:
         return f"padding_mode is {module.padding_mode!r}, only zeros are supported"
     if getattr(module, "return_indices", False) or node.kwargs.get("return_indices", False):
         return "it returns indices"
+    others = [part for part in (*node.args[1:], *node.kwargs.values()) if isinstance(part, fx.Node)]
+    if rule in FUNCTIONAL and any(part.op != "get_attr" for part in others):
+        return "its weights are values of the network"
+    if rule is F.pad and (node.kwargs.get("value") or any(node.args[3:])):
+        return "it pads with another value than 0"
     if rule in RISING:
         given = [getattr(module, name, 0.0) for name in ("negative_slope", "alpha", "beta")]
         if node.op == "call_function":
@@ -284,8 +291,8 @@ class _Walk:
             return Box(*(rule([part[side] for part in box], *others, **kwargs) for side in (0, 1)))
         if rule in AFFINE:
             return _affine(module, box, node, module.weight, module.bias)
-        if rule in ARITHMETIC:
-            return _combine(rule, box, others[0])
+        if rule in (*FUNCTIONAL, *ARITHMETIC):
+            return (_functional if rule in FUNCTIONAL else _combine)(rule, box, *others, **kwargs)
         if rule in NOTHING:
             return box
         if reads_shape(node):
@@ -324,6 +331,12 @@ def _arguments(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[Any, dict[str
     """What a node is called with, the values of other nodes filled in."""
     filled: Any = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
     return filled
+
+
+def _functional(
+    rule: Any, box: Box, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kwargs: Any
+) -> Box:
+    return affine_box(box, lambda x, w, b: rule(x, w, b, *rest, **kwargs), weight, bias)
 
 
 def _combine(rule: Any, left: Any, right: Any) -> Box:

@@ -1,7 +1,8 @@
-"""A network's graph by torch.fx: one tensor in, one tensor out, with branches on the sizes of values decided."""
+"""A network's graph by torch.fx: one tensor in, one tensor out; sizes of values are numbers, but for the batch's."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Sequence
@@ -11,13 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from temper.core.errors import ModelError
-from temper.ops.precision import eval_mode
 
 __all__ = ["NetworkGraph", "read_graph", "reads_shape"]
 
 SHAPES = ("size", getattr, operator.getitem)
 """What a network may read of its values' shapes."""
-COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 
 class NetworkGraph(NamedTuple):
@@ -30,13 +29,14 @@ class NetworkGraph(NamedTuple):
 def read_graph(network: nn.Module, shape: Sequence[int] | None = None) -> NetworkGraph:
     """The graph of a network that takes one tensor, or more with defaults, and returns one or an output with logits.
 
-    `shape` is that of an input item; networks that ask for sizes before they go on need it. Raises ModelError for a
-    network that cannot be read.
+    `shape` is that of an input item; networks that compute with sizes, or ask for them before they go on, need it.
+    Raises ModelError for a network that cannot be read.
     """
-    tracer = _Tracer(shape)
     takes_more = len(inspect.signature(network.forward).parameters) > 1
+    root = _Logits(network) if takes_more else network
+    tracer = _Tracer(root, shape)
     try:
-        graph = tracer.trace(_Logits(network) if takes_more else network)
+        graph = tracer.trace(root)
     except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"The graph of {type(network).__name__} cannot be read: {error}",
@@ -70,37 +70,55 @@ class _Logits(nn.Module):
         return out["logits"] if isinstance(out, dict) else out
 
 
-class _Tracer(fx.Tracer):
-    """Decides comparisons of sizes by running what was read so far on one item of zeros."""
+class _Sized(fx.Proxy):
+    """A value whose sizes are known, all but the first, which is the batch's and stays part of the graph."""
 
-    def __init__(self, shape: Sequence[int] | None) -> None:
+    tracer: _Tracer
+
+    @property
+    def shape(self) -> Any:
+        """Sizes; a value that is no tensor has none."""
+        value = self.tracer.value_of(self.node)
+        batch: Any = fx.proxy.Attribute(self, "shape")
+        return (batch[0], *value.shape[1:]) if isinstance(value, Tensor) and value.ndim else batch
+
+    def size(self, dim: int | None = None) -> Any:
+        """The same, or one of them."""
+        return self.shape if dim is None else self.shape[dim]
+
+
+class _Tracer(fx.Tracer):
+    """Knows the sizes of values by running what was read so far on a copy of the network without content."""
+
+    def __init__(self, root: nn.Module, shape: Sequence[int] | None) -> None:
         super().__init__()
         self.shape, self.values = shape, dict[fx.Node, Any]()
+        # Of the network itself, modules in the middle of tracing give stand-ins for weights.
+        self.twin = root if shape is None else copy.deepcopy(root).to("meta").eval()
 
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Whether a comparison holds; refused for all that depends on values."""
-        node = obj.node
-        sources = node.all_input_nodes
-        if self.shape is None or node.target not in COMPARISONS or not all(map(reads_shape, sources)):
-            return bool(super().to_bool(obj))
-        with eval_mode(self.root), torch.no_grad():
-            for each in self.graph.nodes:
-                if each not in self.values:
-                    self.values[each] = self._value(each)
-        return bool(self.values[node])
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for a node's value while the network is read."""
+        return super().proxy(node) if self.shape is None else _Sized(node, self)
+
+    @torch.no_grad()
+    def value_of(self, node: fx.Node) -> Any:
+        """A node's value for one item, of which only sizes are real."""
+        for each in self.graph.nodes:
+            if each not in self.values:
+                self.values[each] = self._value(each)
+        return self.values[node]
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: self.values[used])
         target: Any = node.target
         if node.op == "placeholder":
-            like = next(self.root.parameters(), torch.zeros(()))
-            return like.new_zeros((1, *(self.shape or ())))
+            return torch.empty((1, *(self.shape or ())), device="meta")
         if node.op == "get_attr":
             owner, _, name = target.rpartition(".")
-            return getattr(self.root.get_submodule(owner), name)
+            return getattr(self.twin.get_submodule(owner), name)
         if node.op == "call_module":
             # Calling the module itself would be traced.
-            return self.root.get_submodule(target).forward(*args, **kwargs)
+            return self.twin.get_submodule(target).forward(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return target(*args, **kwargs)

@@ -47,13 +47,13 @@ Departures    1. A step's images are always a full batch: what is left over sits
                  arithmetic through the network's own forward pass, which shares no code with the bounds. The paper
                  reports the bounds alone.
 
-Limits        Certificates hold for real arithmetic: float rounding can matter where a margin is about 1e-6. L-infinity only.
-              Plain IBP: the CROWN-IBP variant (a mix of linear relaxations while eps grows) is not here. Layers without a
-              bound rule (GELU, softmax attention, layer norm) are refused by name, and networks that do not end in a
-              linear layer or whose forward pass torch.fx cannot read (EfficientNet-Lite0's padding). Images only; the bounds themselves take tables too (`temper.ops.network_bounds`). Networks
-              trained otherwise verify almost nothing at the eps used here. That says little of their robustness: compare
-              the PGD error. One process: a batch shares its statistics and is never split. All images are held in memory
-              as float32.
+Limits        Certificates hold for real arithmetic: float rounding can matter where a margin is about 1e-6. L-infinity
+              only. Plain IBP: the CROWN-IBP variant (a mix of linear relaxations while eps grows) is not here. Layers
+              without a bound rule (GELU, softmax attention, layer norm) are refused by name, and networks that do not end
+              in a linear layer or whose forward pass branches on values. Images only; the bounds themselves take tables
+              too (`temper.ops.network_bounds`). Networks trained otherwise verify almost nothing at the eps used here.
+              That says little of their robustness: compare the PGD error. One process: a batch shares its statistics and
+              is never split. All images are held in memory as float32.
 Reference code  github.com/shizhouxing/Fast-Certified-Robust-Training (BSD-3-Clause; facts only).
 """
 
