@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from temper.core.errors import DataError
@@ -122,7 +123,7 @@ def probe_rows(scores: dict[str, list[Scored]]) -> Iterator[Row]:
         yield mean_row(f"{metric}_contained", [row.contained for row in rows], side, side != "forget")
         for kind in dict.fromkeys(row.kind for row in rows) if metric == "forget_aa" else ():
             mean = mean_row(metric, [row.recall for row in rows if row.kind == kind], side, False)
-            yield Row(**{**vars(mean), "group": kind})
+            yield replace(mean, group=kind)
     for side in dict.fromkeys(metric.partition("_")[0] for metric in scores):
         pooled = [row for metric, rows in scores.items() if metric.startswith(side) for row in rows]
         yield from kept_rows(f"{side}_all", pooled, side)
