@@ -215,6 +215,16 @@ CARD = Card(
             paper="direction only",
         ),
         Claim(
+            id="the-attack-matters",
+            sentence="With the same two losses the backdoor's sentence costs more when activations were attacked than when "
+            "they were not.",
+            metric="trigger_loss_nats",
+            arm="lat",
+            baseline="no_attack",
+            direction="higher",
+            paper="direction only: the same training without perturbations is a baseline",
+        ),
+        Claim(
             id="keeps-ordinary-replies",
             sentence="Ordinary held-out replies cost at most 0.05 nats a token more than after fine-tuning on clean replies.",
             metric="benign_loss_nats",
