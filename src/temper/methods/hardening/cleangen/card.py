@@ -197,10 +197,10 @@ CARD = Card(
         ),
         Claim(
             id="larger-alpha-lets-more-through",
-            sentence="The payload gets through more often at alpha 1000 than at alpha 5.",
+            sentence="The payload gets through more often at alpha 1000 than at alpha 20.",
             metric="asr",
             arm="clean/alpha_1000",
-            baseline="clean/alpha_5",
+            baseline="clean/cleangen",
             direction="higher",
             paper="success rises with alpha",
         ),
