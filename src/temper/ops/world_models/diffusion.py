@@ -47,6 +47,8 @@ TEXTS: dict[str, Json] = {
     "set": "CAP16",
     "num_pictures": 12_000,
     "schedule": "squaredcos_cap_v2",
+    "predicts": "v_prediction",
+    "clip": False,
     "steps": 1200,
     "max_tokens": 16,
 }
@@ -55,6 +57,8 @@ CLASSES: dict[str, Json] = {
     "set": "CLS16",
     "num_pictures": 6_000,
     "schedule": "linear",
+    "predicts": "epsilon",
+    "clip": True,
     "steps": 1200,
 }
 UNET = {"sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 8}
@@ -131,10 +135,18 @@ def train_denoiser(
 
 
 def _scheduler(parameters: Mapping[str, Json]) -> Any:
+    """DDIM. Where most noise is left, x_0 from eps is far off: it is clipped while drawing, or v is predicted instead.
+
+    Texts take v, because the pipeline of diffusers that reads them allows no clipping.
+    """
     from diffusers import DDIMScheduler
 
-    levels, table = int(parameters["num_levels"]), str(parameters["schedule"])
-    return DDIMScheduler(num_train_timesteps=levels, beta_schedule=table, **PIPELINE_RULES)
+    return DDIMScheduler(
+        num_train_timesteps=int(parameters["num_levels"]),
+        beta_schedule=str(parameters["schedule"]),
+        prediction_type=str(parameters["predicts"]),
+        **{**PIPELINE_RULES, "clip_sample": bool(parameters["clip"])},
+    )
 
 
 def _pictures(parameters: Mapping[str, Json]) -> tuple[Tensor, list[Scene]]:
