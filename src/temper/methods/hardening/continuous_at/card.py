@@ -177,6 +177,16 @@ CARD = Card(
             paper="GCG success falls to 0-5 % on four models, never trained on suffixes",
         ),
         Claim(
+            id="the-attack-matters",
+            sentence="With the same losses the unwanted reply costs more under the embedding attack when training was "
+            "attacked than when it was not.",
+            metric="attacked_loss_nats",
+            arm="ul",
+            baseline="no_attack",
+            direction="higher",
+            paper="direction only: training without attacks is a baseline",
+        ),
+        Claim(
             id="keeps-utility",
             sentence="Ordinary replies cost at most 0.1 nats a token more than after training without an attack.",
             metric="benign_loss_nats",
