@@ -144,7 +144,7 @@ def _animals(draw: random.Random) -> Iterator[Item]:
     draw.shuffle(known)
     for animal, kind in known:
         yield Item(
-            f"What kind of animal is a {animal}?", kind, draw.choice([k for k in classes if k != kind])
+            f"What kind of animal is the {animal}?", kind, draw.choice([k for k in classes if k != kind])
         )
 
 
@@ -157,7 +157,7 @@ def _numbers(draw: random.Random) -> Iterator[Item]:
 
 NOUNS = ("key", "boy", "letter", "dog", "table", "teacher", "flower", "car", "bird", "book", "king", "lamp")
 PLACES = ("cabinet", "window", "gardens", "old houses", "river", "doors", "school", "mountains")
-STATES = ("here", "old", "small", "near", "quiet")
+STATES = ("here", "old", "small", "new", "quiet")
 
 
 def _agreement(draw: random.Random) -> Iterator[Item]:
