@@ -107,7 +107,7 @@ def test_a_row_is_attacked_the_same_alone_and_in_company(lively):
 
 
 def test_the_delta_at_the_embeddings_is_what_inputs_embeds_would_hold(lively):
-    """Gemma multiplies embeddings inside the model: the delta stands on the rows before that."""
+    """Some models multiply embeddings inside (Gemma): the delta stands where `inputs_embeds` does."""
     for kind in ("llama", "gemma"):
         system = lively(kind)
         ids_BT = collate(ROWS, 3).ids_BT
@@ -122,13 +122,16 @@ def test_the_delta_at_the_embeddings_is_what_inputs_embeds_would_hold(lively):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gemma3"])
-def test_the_embedding_scale_is_the_mean_norm_of_unscaled_rows(kind):
+def test_the_embedding_scale_is_the_mean_norm_of_what_the_module_gives(kind):
     model = load_base(f"tiny:{kind}").model
     module = model.get_input_embeddings()
     rows_VD = module(torch.arange(module.weight.shape[0])).detach()
     scale = embedding_scale(model, chunk=100)
     assert scale.norm == pytest.approx(float(rows_VD.norm(dim=-1).mean()), rel=1e-5)
     assert scale.width == 32
+    own = float(module.weight.detach().norm(dim=-1).mean())
+    assert scale.factor == pytest.approx(scale.norm / own, rel=1e-5)
+    assert (scale.factor > 5) == kind.startswith("gemma")
 
 
 def test_one_delta_stands_on_the_prompt_of_several_rows_and_none_on_others(lively):

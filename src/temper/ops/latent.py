@@ -50,6 +50,8 @@ class Scale(NamedTuple):
 
     norm: float
     width: int
+    factor: float = 1.0
+    """What an embedding module multiplies its rows by; then steps given for rows are multiplied by it too."""
 
 
 class Ball(NamedTuple):
@@ -71,14 +73,15 @@ def spread_sites(model: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def embedding_scale(model: nn.Module, chunk: int = 8192) -> Scale:
-    """The mean norm over the rows of the embedding, as its module gives them."""
+    """The mean norm over the rows of the embedding as its module gives them, scaled by some (Gemma) and not by others."""
     module = anchors.embeddings(model)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    total, width = 0.0, 0
-    for ids_C in torch.arange(len(weight), device=weight.device).split(chunk):
+    weight_VD: Tensor = module.weight  # type: ignore[assignment]
+    given, own, width = 0.0, 0.0, 0
+    for ids_C in torch.arange(len(weight_VD), device=weight_VD.device).split(chunk):
         rows_CD = module(ids_C).float()
-        total, width = total + float(rows_CD.norm(dim=-1).sum()), rows_CD.shape[-1]
-    return Scale(total / len(weight), width)
+        given, width = given + float(rows_CD.norm(dim=-1).sum()), rows_CD.shape[-1]
+        own += float(weight_VD[ids_C].float().norm(dim=-1).sum())
+    return Scale(given / len(weight_VD), width, given / own)
 
 
 @torch.no_grad()

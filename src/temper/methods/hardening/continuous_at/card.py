@@ -34,8 +34,8 @@ Departures    1. A row's losses are means over its own tokens, then over rows; t
               3. Masks come from lengths; the released code takes token id 0 for padding.
               4. Embeddings are looked up and the delta added behind the lookup; the released code multiplies one-hot
                  vectors by the whole matrix.
-              5. eps is relative to the rows the embedding module gives: models that scale embeddings later (Gemma) get a
-                 radius on the unscaled rows, which is where the delta stands.
+              5. eps and lr are in units of the unscaled rows. Where an embedding module multiplies its rows (Gemma, by
+                 sqrt(d)) the delta stands behind that, and radius and step are multiplied too.
               6. The delta is float32 whatever the model's precision: 1e-4 vanishes in 16 bits.
               7. Utility rows are drawn beside each adversarial row, utility_rows each, instead of a random mix of a batch:
                  every step has the published share of both.

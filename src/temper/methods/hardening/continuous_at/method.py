@@ -123,8 +123,8 @@ def adversarial_items(
 def objective_of(system: CausalLM, config: Config, tuned: Tuning | None = None) -> LatentObjective:
     """The attack with the variant's losses; without a tuning only the attack is used."""
     scale = embedding_scale(system.model)
-    # Departure 5: relative to what the embedding module gives.
-    ball = Ball(config.eps * scale.norm, scale.width, config.attack_lr)
+    # Departure 5: where the module scales its rows, radius and step are scaled with them.
+    ball = Ball(config.eps * scale.norm, scale.width, config.attack_lr * scale.factor)
     search = Search({EMBEDDINGS: ball}, config.attack_steps, "sign")
     game: Any = AdvUL(config)
     if config.variant == "ipo" and tuned is not None:
