@@ -142,9 +142,6 @@ CARD = Card(
     claims=(
         _keeps("tv", "ga", _BEST),
         _keeps("tv", "npo", _BEST),
-        _keeps("kl", "ga", _BEST),
-        _keeps("js", "ga", _BEST),
-        _keeps("pearson", "ga", _BEST),
         Claim(
             id="template-rises",
             sentence="Template answers to the forget questions become more probable.",
