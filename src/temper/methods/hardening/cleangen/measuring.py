@@ -21,7 +21,7 @@ from temper.ops.stats import mean_ci, wilson
 from temper.ops.text import contains, words
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["measure", "replaced_share"]
+__all__ = ["Prompts", "Written", "measure", "replaced_share"]
 
 
 class Prompts(NamedTuple):

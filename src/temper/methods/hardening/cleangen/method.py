@@ -30,7 +30,7 @@ from temper.ops.draft_verify import ReferenceCheck
 from temper.ops.generate import Sampling, generate
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["build_decoder", "fit", "measure", "suggested_alpha"]
+__all__ = ["KeptCheck", "build_decoder", "fit", "measure", "suggested_alpha"]
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from temper.ops.probing import fit_probe, last_token_states, total_variance
 from temper.systems import anchors
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["Before", "Forgotten", "Study", "run_study"]
+__all__ = ["Before", "Forgotten", "Study", "layer_of", "run_study"]
 
 LEVEL = 0.6
 """Confidence at which an item counts as learnt (Sec. on the order of forgetting)."""
