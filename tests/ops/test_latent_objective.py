@@ -13,7 +13,7 @@ from temper.ops.latent_objective import (
     Search,
     attack_figures,
     attack_items,
-    attacked,
+    attacked_columns,
     mean_bad_loss,
     rounds,
     scored_count,
@@ -80,9 +80,9 @@ def fit(system, objective, *, batch_tokens=4096, checkpointing=False, **changes)
 
 
 def test_positions_that_may_be_perturbed():
-    assert attacked(ITEMS[:2], "prompt", 5).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
-    assert attacked(ITEMS[:2], "prompt+reply", 5).int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert attacked(ITEMS[:2], "scored", 5).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    assert attacked_columns(ITEMS[:2], "prompt", 5).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+    assert attacked_columns(ITEMS[:2], "prompt+reply", 5).int().tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert attacked_columns(ITEMS[:2], "scored", 5).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
 
 
 def test_rounds_repeat_whole_batches_and_fill_the_last():

@@ -36,6 +36,7 @@ __all__ = [
     "Seen",
     "attack_figures",
     "attack_items",
+    "attacked_columns",
     "mean_bad_loss",
     "rounds",
     "scored_count",
@@ -210,7 +211,7 @@ class LatentObjective:
         def losses() -> Tensor:
             return self.game.attack_loss(_split(score_tokens(model, batch), reads, len(items)), items)
 
-        mask_NP = attacked(items, self.search.positions, batch.ids_BT.shape[1]).to(self.device)
+        mask_NP = attacked_columns(items, self.search.positions, batch.ids_BT.shape[1]).to(self.device)
         return attack(
             model,
             losses,
@@ -238,7 +239,7 @@ class LatentObjective:
         return {name: SumCount(total.to(self.device), len(items)) for name, total in totals.items()}
 
 
-def attacked(items: Sequence[LatentItem], positions: str, width: int) -> Tensor:
+def attacked_columns(items: Sequence[LatentItem], positions: str, width: int) -> Tensor:
     """Where each item's perturbation may stand, (N, P) bool."""
     mask_NP = torch.zeros(len(items), width, dtype=torch.bool)
     for number, item in enumerate(items):
