@@ -168,7 +168,7 @@ def _shifted(delta_NPD: Tensor, row_B: Tensor, mask_BP1: Tensor, hidden_BTD: Ten
         )
     shift_BPD = (delta_NPD[row_B] * mask_BP1)[:, :num_columns]
     missing = num_columns - shift_BPD.shape[1]
-    return hidden_BTD + nn.functional.pad(shift_BPD, (0, 0, 0, missing)).to(hidden_BTD.dtype)
+    return hidden_BTD + nn.functional.pad(shift_BPD, (0, 0, 0, missing)).to(hidden_BTD)
 
 
 @contextmanager
