@@ -40,6 +40,7 @@ Limits        The reference must share the tokenizer, id by id; padded rows do n
               another format, calls much that is fine suspicious: fine-tune it on clean rows (tune_reference), look at
               plain_replaced, take the suggested alpha. A payload that the reference finds likely too passes, and so does one
               that both models were poisoned with. High temperatures make scores noisy. The shorter context of the two counts.
+              Each prompt is read by both models: where replies are a few words long that, and not the check, is what costs.
               For attacks whose payload is no fixed text, write replies with this rule and judge them elsewhere.
 Reference code  github.com/uw-nsl/CleanGen (no licence file; facts only).
 """

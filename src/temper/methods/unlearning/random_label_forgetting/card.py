@@ -39,7 +39,8 @@ Departures    1. joint: one model may be taught all tasks, then made to forget o
 Limits        Random labels equal the right one on half the rows; that is meant. Where the labels' fit is low the model was
               not trained enough, and the study says that it is inconclusive. Long responses teach style too: look at both
               scores. Random labels on one task may break another; the map is there for that. Small sets of tasks say little
-              about what predicts forgetting: a correlation over four tasks is an anecdote.
+              about what predicts forgetting: a correlation over four tasks is an anecdote. Files hold multiple-choice rows; texts with
+              labels, each label a response, can be given from Python.
 Reference code  none found.
 """
 
