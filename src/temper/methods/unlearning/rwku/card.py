@@ -140,13 +140,9 @@ CARD = Card(
         _forgets(
             "icu", "In-context unlearning", "forget, all probes: 79.6 to 12.8 (Llama-3-8B-Instruct, Table 1)"
         ),
-        _forgets("ga", "Gradient ascent", "forget, all probes: 79.6 to 41.9"),
         _forgets("npo", "NPO", "forget, all probes: 79.6 to 26.2"),
-        _forgets("rt", "Rejection tuning", "forget, all probes: 79.6 to 33.1"),
         _recovers("npo", "aa", "NPO"),
         _recovers("npo", "fb", "NPO"),
-        _recovers("ga", "aa", "gradient ascent"),
-        _recovers("rt", "fb", "rejection tuning"),
         Claim(
             id="icu-costs-neighbours",
             sentence="In-context unlearning lowers the recall of probes about the target's neighbours.",
