@@ -137,7 +137,8 @@ def overlap(forget_ND: Tensor, retain_vae: Vae, forget_vae: Vae, seed: int) -> f
     share = float(own / other)
     if share >= ALIKE:
         logger.warning(
-            "forget and retain rows have embeddings of one kind (their autoencoders' errors agree to %.2f): expect a small effect",
+            "the forget rows' autoencoder knows them no better than the retain rows' does (errors %.2f to 1): embeddings of "
+            "one kind, or too few rows or vae_epochs; expect a small effect",
             share,
         )
     return share
