@@ -60,8 +60,8 @@ Departures    1. Times are shares of the schedule's levels, so one setting serve
 Limits        Three networks and two optimisers in memory. Class- or text-conditional teachers only. Too large a
               forget_weight spoils the other classes, too small a one does not forget in a short run: the paper's 0.01
               is for 50,000 steps. What is drawn under conditions that were never trained on (other words for a concept,
-              other languages) is not looked at. A fit keeps no checkpoints: one that was stopped begins anew. relabel, esd and guidance need what their loss names: esd and guidance a
-              model that can be asked for nothing.
+              other languages) is not looked at. A fit keeps no checkpoints: one that was stopped begins anew. esd and
+              guidance need a model that can be asked for nothing.
 
 Reference code  github.com/tqch/score-forgetting-distillation (Apache-2.0; folders DDPM and SD).
 """
