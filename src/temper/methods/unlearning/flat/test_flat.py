@@ -206,7 +206,7 @@ def test_departure_2_one_loss_a_row_or_one_of_the_means(system: Any) -> None:
 def test_departure_3_padding_does_not_count(system: Any) -> None:
     short = PAIRS[2].forget
     batch = collate([short, Example([1] * 40, [False] + [True] * 39)], system.pad_id)
-    together = mean_probabilities(score_batch(system.model, batch))[0]
+    together = mean_probabilities(score_batch(system.model, batch))[0].detach()
     assert float(together) == pytest.approx(slow_probability(system, short), rel=1e-4)
     by_padded_length = slow_probability(system, short) * 2 / 39
     assert float(together) > 10 * by_padded_length
