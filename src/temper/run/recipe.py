@@ -17,6 +17,7 @@ from temper.run.strict_yaml import load_yaml
 
 __all__ = [
     "DataRef",
+    "Opponent",
     "Pipeline",
     "Step",
     "load_recipe",

@@ -21,7 +21,7 @@ Departures    1. Quantisation rounds the weights and computes on in the model's 
               2. Only linear layers are rounded and pruned; embeddings and the vocabulary projection stay.
 
 Limits        Budgets compare within a kind, not across: steps, bits and shares have no common unit. Attacks that search for
-              inputs (gcg) are methods of their own. No claim is attached: what these attacks undo is a matter of the fit.
+              inputs (gcg) are methods of their own. What these attacks undo is a matter of the fit: the claims are about one.
 Reference code  None followed; the formulas are textbook.
 """
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from temper.core.card import Card
+from temper.core.card import Card, Claim
 
 __all__ = ["CARD", "Config"]
 
@@ -78,4 +78,25 @@ CARD = Card(
     needs=frozenset({"grads"}),
     data={"fit": {"train?": "Dialogue"}},
     produces=("adapter", "weights", "steer"),
+    claims=(
+        Claim(
+            id="relearning-brings-back",
+            sentence="After NPO with a retain term, twenty steps on a quarter of the forgotten rows make all of the "
+            "forgotten answers more probable.",
+            metric="forget_probability",
+            arm="relearn",
+            baseline="unlearned",
+            direction="higher",
+            paper="relearning on a part restores what unlearning took (Lynch et al., figures)",
+        ),
+        Claim(
+            id="four-bits-bring-back",
+            sentence="After NPO with a retain term, weights of four bits make the forgotten answers more probable.",
+            metric="forget_probability",
+            arm="4-bit",
+            baseline="unlearned",
+            direction="higher",
+            paper="21 % of the knowledge is left in full precision and 83 % in four bits on average (Zhang et al., abstract)",
+        ),
+    ),
 )
