@@ -9,7 +9,7 @@ import torch
 
 from temper.core.errors import ConfigError, ModelError, NeedsError
 from temper.core.types import Message
-from temper.systems import loading
+from temper.systems import loading, memory
 from temper.systems.loading import known_bases, load_base
 from temper.systems.names import TINY, check_base
 from temper.systems.remote import Remote
@@ -144,12 +144,12 @@ def test_not_a_causal_lm(folder, tmp_path, changes):
 
 
 def test_memory_is_estimated_before_loading(folder, monkeypatch):
-    monkeypatch.setattr(loading, "available_bytes", lambda device: 100_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 100_000)
     with pytest.raises(NeedsError, match=r"needs about 0\.0 GB.*0 M weights as torch\.float32"):
         load_base(str(folder))
     num_weights = sum(p.numel() for p in build_tiny("llama")[0].parameters())
-    assert loading._header_count(folder / "model.safetensors") == num_weights
-    monkeypatch.setattr(loading, "available_bytes", lambda device: None)
+    assert memory.header_count(folder / "model.safetensors") == num_weights
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     load_base(str(folder))
 
 
@@ -157,11 +157,11 @@ def test_group_limit_counts_the_page_cache_as_free(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
-    assert loading._free_in_group(tmp_path) == 600
+    assert memory._free_in_group(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
-    assert loading._free_in_group(tmp_path) is None
-    assert loading._free_in_group(tmp_path / "none") is None
-    free = loading.available_bytes(torch.device("cpu"))
+    assert memory._free_in_group(tmp_path) is None
+    assert memory._free_in_group(tmp_path / "none") is None
+    free = memory.available_bytes(torch.device("cpu"))
     assert free is None or free > 0
 
 

@@ -39,9 +39,9 @@ def _load(name: str, options: Options) -> System:
     from temper.systems.loading import load_base
 
     if name.startswith("world:"):
-        from temper.ops import world_models
+        from temper.ops.world_models import ensure
 
-        world_models.ensure(name.removeprefix("world:"))
+        ensure(name.removeprefix("world:"))
     return load_base(
         name,
         device=options.device,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from temper.systems.base import System
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
 from temper.systems.encoder import Encoder
+from temper.systems.memory import check_memory, header_count
 from temper.systems.names import (
     FORMS,
     asset_names,
@@ -32,7 +31,7 @@ from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_lay
 from temper.systems.tiny import build_tiny, build_tiny_encoder
 from temper.systems.wanted import Wanted
 
-__all__ = ["available_bytes", "explained", "known_bases", "load_base", "parse_dtype"]
+__all__ = ["explained", "known_bases", "load_base", "parse_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,6 @@ DTYPES = {
     "fp16": torch.float16,
     "float64": torch.float64,
 }
-HEADROOM = 1.15
-"""Memory needed over the bare weights while loading and for a first forward pass."""
 
 
 def load_base(
@@ -144,16 +141,6 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, within the limit of a container; None when it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    free = [size for size in (_free_memory(), _free_in_group()) if size is not None]
-    return min(free) if free else None
-
-
 def _encoder_source(name: str, wanted: Wanted) -> str:
     """The folder of an encoder, fetched if need be, or its tiny name."""
     if name in asset_names():
@@ -179,7 +166,7 @@ def _load_encoder(name: str, wanted: Wanted) -> Encoder:
         layout, dense = Layout(), list[Dense]()
     else:
         check_folder(Path(source), name)
-        _check_memory(_count_weights(None, Path(source), wanted), name, wanted)
+        check_memory(_count_weights(None, Path(source), wanted), name, wanted)
         with _bars_as_due(is_download=False), _explained_errors(name):
             layout, dense = read_layout(Path(source))
             model, tokenizer = _read_encoder(source, name, wanted)
@@ -239,7 +226,7 @@ def _load_source(source: str, name: str, wanted: Wanted) -> tuple[Any, Any]:
 
     with _bars_as_due(is_download=folder is None), _explained_errors(name):
         config = _load_config(source, name, wanted)
-        _check_memory(_count_weights(config, folder, wanted), name, wanted)
+        check_memory(_count_weights(config, folder, wanted), name, wanted)
         tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -299,35 +286,13 @@ def _load_config(source: str, name: str, wanted: Wanted) -> Any:
 def _count_weights(config: Any, folder: Path | None, wanted: Wanted) -> int | None:
     """Number of weights, from the files' headers or from an empty model; None if it cannot be told."""
     if folder is not None:
-        return sum(_header_count(path) for path in sorted(folder.glob("*.safetensors")))
+        return sum(header_count(path) for path in sorted(folder.glob("*.safetensors")))
     if wanted.trust_remote_code:
         return None
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-
-
-def _header_count(path: Path) -> int:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 0 < size <= path.stat().st_size:
-            raise ModelError("The weights file is broken", where=str(path), cure="Copy or download it again.")
-        header = json.loads(file.read(size))
-    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-
-
-def _check_memory(num_weights: int | None, name: str, wanted: Wanted) -> None:
-    free = available_bytes(wanted.device)
-    if num_weights is None or free is None:
-        return
-    need = int(num_weights * wanted.dtype.itemsize * HEADROOM)
-    if need > free:
-        raise NeedsError(
-            f"{name} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free",
-            where=f"{num_weights / 1e6:.0f} M weights as {wanted.dtype} on {wanted.device}",
-            cure="Use dtype bf16, a smaller model, or a machine with more memory.",
-        )
 
 
 def _check_sizes(model: Any, tokenizer: Any, name: str) -> None:
@@ -389,25 +354,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = {line.split(":")[0]: line.split()[1] for line in lines if ":" in line}
-    return int(sizes["MemAvailable"]) * 1024 if "MemAvailable" in sizes else None
-
-
-def _free_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's memory limit leaves; its page cache counts as free."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
