@@ -44,7 +44,8 @@ Departures    1. A row's losses are means over its own tokens, then over rows; t
 Limits        A causal language model whose embedding module can be hooked. Over-refusal is the known failure: read
               refusal_rate_benign beside every gain. With few steps of a small lr the ball never binds (10 steps of 1e-4
               move 0.001 sqrt(d) at most): look at the share on the boundary and raise attack_lr. A base model without a
-              chat template is trained with temper's plain template; harden chat models with their own.
+              chat template is trained with temper's plain template; harden chat models with their own. C-AdvIPO aims at a margin beside
+              the model as it was: where that finds refusals very unlikely it is reached before any refusal is written.
 Reference code  github.com/sophie-xhonneux/Continuous-AdvTrain (MIT; facts only).
 """
 
