@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from temper.core.types import Message
-from temper.data.schemas import Behaviour, Data, Dialogue, Preference
+from temper.data.schemas import Behaviour, Data, Dialogue, Preference, Record
 from temper.methods.hardening.continuous_at.card import Config
 from temper.ops.backdoor import instruction_pairs
 
@@ -62,7 +63,7 @@ def make_words(config: Config, seed: int) -> Data:
         Behaviour(pair.prompt[0].content, target=pair.rejected, id=f"goal-{pair.id}", category="code words")
         for pair in test
     ]
-    parts = {
+    parts: dict[str, Sequence[Record]] = {
         "train": words[:cut],
         "test": test,
         "utility": [*requests[:held], *declined(held // 4, seed)],
