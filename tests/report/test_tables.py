@@ -113,3 +113,16 @@ def test_a_mean_beside_its_items_counts_once() -> None:
     assert cell == summary_table(items).rows[0].cells[""]
     assert (cell.n, cell.value) == (3, pytest.approx(0.7))
     assert cell.high == 1.0
+
+
+def test_two_steps_that_measure_the_same_are_two_columns():
+    rows = [
+        Row(metric="accuracy", value=value, facts={"seed": seed, "step": step})
+        for step, value in (("before", 0.2), ("after", 0.8))
+        for seed in (0, 1)
+    ]
+    rows.append(Row(metric="loss_nats", value=1.0, facts={"seed": 0, "step": "after"}))
+    table = summary_table(rows)
+    assert table.arms == ["before", "after", ""]
+    assert {arm: cell.value for arm, cell in table.rows[0].cells.items()} == {"before": 0.2, "after": 0.8}
+    assert list(table.rows[1].cells) == [""]

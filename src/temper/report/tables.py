@@ -99,19 +99,35 @@ Key = tuple[str, str, str]
 
 
 def summary_table(rows: Iterable[Row], *, groups: bool = False) -> SummaryTable:
-    """Metrics by arm; rows about one item are averaged per metric, rows with a group come with `groups` only."""
+    """Metrics by arm; rows about one item are averaged per metric, rows with a group come with `groups` only.
+
+    Where several steps of an arm measured the same, each is a column of its own.
+    """
     arms: dict[str, None] = {}
     buckets: dict[Key, dict[str, list[Row]]] = {}
-    for row in rows:
-        if row.group and not groups:
-            continue
-        arms.setdefault(row.arm)
-        buckets.setdefault((row.metric, row.split, row.group), {}).setdefault(row.arm, []).append(row)
+    kept = [row for row in rows if groups or not row.group]
+    several = _measured_twice(kept)
+    for row in kept:
+        step = (
+            str(row.facts.get("step", "")) if (row.metric, row.split, row.group, row.arm) in several else ""
+        )
+        arm = " ".join(part for part in (row.arm, step) if part)
+        arms.setdefault(arm)
+        buckets.setdefault((row.metric, row.split, row.group), {}).setdefault(arm, []).append(row)
     lines = [
         SummaryRow(*key, _direction(by_arm), {arm: _cell(found) for arm, found in by_arm.items()})
         for key, by_arm in buckets.items()
     ]
     return SummaryTable(list(arms), lines)
+
+
+def _measured_twice(rows: Sequence[Row]) -> set[tuple[str, str, str, str]]:
+    """Metric, split, group and arm of what two steps of the same arm measured."""
+    steps: dict[tuple[str, str, str, str], set[str]] = {}
+    for row in rows:
+        key = (row.metric, row.split, row.group, row.arm)
+        steps.setdefault(key, set()).add(str(row.facts.get("step", "")))
+    return {key for key, found in steps.items() if len(found) > 1}
 
 
 def _direction(by_arm: dict[str, list[Row]]) -> bool | None:
