@@ -372,9 +372,9 @@ def _read(source: str, name: str, wanted: Wanted) -> DualEncoder:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
     from temper.systems.image_loading import with_processor
-    from temper.systems.loading import _bars_as_due, _explained_errors
+    from temper.systems.loading import bars_as_due, explained_errors
 
-    with _bars_as_due(is_download=not Path(source).is_dir()), _explained_errors(name):
+    with bars_as_due(is_download=not Path(source).is_dir()), explained_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
         processor = AutoImageProcessor.from_pretrained(source, **wanted.common())
         read: Any = CLIPModel.from_pretrained

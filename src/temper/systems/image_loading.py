@@ -139,9 +139,9 @@ def _transformers(source: str, name: str, wanted: Wanted) -> ImageClassifier:
     """A model of AutoModelForImageClassification with its image processor."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from temper.systems.loading import _bars_as_due, _explained_errors
+    from temper.systems.loading import bars_as_due, explained_errors
 
-    with _bars_as_due(is_download=not Path(source).is_dir()), _explained_errors(name):
+    with bars_as_due(is_download=not Path(source).is_dir()), explained_errors(name):
         processor = AutoImageProcessor.from_pretrained(source, **wanted.common())
         model, found = AutoModelForImageClassification.from_pretrained(
             source, dtype=wanted.dtype, use_safetensors=True, output_loading_info=True, **wanted.common()

@@ -31,7 +31,7 @@ from temper.systems.sentence_layout import Dense, Layout, attach_dense, read_lay
 from temper.systems.tiny import build_tiny, build_tiny_encoder
 from temper.systems.wanted import Wanted
 
-__all__ = ["explained", "known_bases", "load_base", "parse_dtype"]
+__all__ = ["bars_as_due", "explained", "explained_errors", "known_bases", "load_base", "parse_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _encoder_source(name: str, wanted: Wanted) -> str:
         return name if name.startswith("tiny:") else str(folder)
     from huggingface_hub import snapshot_download
 
-    with _explained_errors(name):
+    with explained_errors(name):
         kinds = ["*.json", "*.safetensors", "*.txt", "*.model"]
         return snapshot_download(name, revision=wanted.revision, allow_patterns=kinds)
 
@@ -167,7 +167,7 @@ def _load_encoder(name: str, wanted: Wanted) -> Encoder:
     else:
         check_folder(Path(source), name)
         check_memory(_count_weights(None, Path(source), wanted), name, wanted)
-        with _bars_as_due(is_download=False), _explained_errors(name):
+        with bars_as_due(is_download=False), explained_errors(name):
             layout, dense = read_layout(Path(source))
             model, tokenizer = _read_encoder(source, name, wanted)
     if wanted.attention == "sdpa":
@@ -224,7 +224,7 @@ def _load_source(source: str, name: str, wanted: Wanted) -> tuple[Any, Any]:
         check_folder(folder, name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _bars_as_due(is_download=folder is None), _explained_errors(name):
+    with bars_as_due(is_download=folder is None), explained_errors(name):
         config = _load_config(source, name, wanted)
         check_memory(_count_weights(config, folder, wanted), name, wanted)
         tokenizer = AutoTokenizer.from_pretrained(source, **wanted.common())
@@ -241,7 +241,7 @@ def _load_source(source: str, name: str, wanted: Wanted) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _bars_as_due(is_download: bool) -> Iterator[None]:
+def bars_as_due(is_download: bool) -> Iterator[None]:
     """Leave transformers' progress bars to downloads on a terminal; it draws them elsewhere too. The setting comes back."""
     from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from transformers.utils import logging as their_logging
@@ -259,7 +259,7 @@ def _bars_as_due(is_download: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained_errors(name: str) -> Iterator[None]:
+def explained_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
