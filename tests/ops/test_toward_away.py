@@ -42,9 +42,12 @@ def test_away_leaves_unlikely_tokens_alone_and_still_counts_them():
     tokens_S = away_tokens(scores)
     assert tokens_S.tolist() == pytest.approx([math.log(2.0), 0.0, -math.log1p(-math.exp(-4.0))])
     tokens_S.sum().backward()
-    assert logp_S.grad[1] == 0 and logp_S.grad[0] > 0 and logp_S.grad[2] > 0
+    assert logp_S.grad[1] == 0
+    assert logp_S.grad[0] > 0
+    assert logp_S.grad[2] > 0
     terms = toward_away(scores, scores)
-    assert terms["away"].count == 3 and terms["toward"].count == 3
+    assert terms["away"].count == 3
+    assert terms["toward"].count == 3
     assert terms["toward"].total.item() == pytest.approx(math.log(2.0) + 10.0)
 
 
@@ -79,7 +82,8 @@ def test_scores_agree_with_score_batch_whatever_the_padding(lively, kind):
     assert torch.allclose(scores.log_rest_S.exp() + scores.logp_S.exp(), torch.ones(5), atol=1e-5)
     alone = score_tokens(system.model, collate(rows[1:], 3))
     part = scores.of(1, 2)
-    assert part.num_rows == 1 and part.row_S.tolist() == [0, 0]
+    assert part.num_rows == 1
+    assert part.row_S.tolist() == [0, 0]
     assert torch.allclose(part.logp_S, alone.logp_S, atol=1e-5)
     logits = part.logits_of(torch.tensor([False, True]))
     assert torch.allclose(logits.log_softmax(-1)[0, 4], part.logp_S[1], atol=1e-5)
