@@ -1,7 +1,7 @@
 """Log-likelihoods of 4 choices to each of 8 questions about a passage, float32: temper and lm-evaluation-harness.
 
 The passages are the facts of a made-up person. Both sides begin with text, so tokenising is timed on both.
-lm-evaluation-harness reads 8 requests at a time; other batch sizes were not tried.
+lm-evaluation-harness reads 8 requests at a time; of 1, 4, 8, 16 and 32 only 16 was faster, by 4 %, on a tenth of the requests.
 """
 
 from __future__ import annotations
