@@ -512,7 +512,7 @@ def test_letters_that_the_output_lacks_are_spelt_out(home):
 
 
 def test_ctrl_c_says_how_to_go_on_and_does(home):
-    write_pipeline(home / "slow.yaml", 0.05)
+    write_pipeline(home / "slow.yaml", 0.1)
     command = [*TEMPER, "run", "slow.yaml"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(home), text=True
