@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Format, lint, types, architecture: under a minute.
+# Format, lint, types, architecture: about a minute.
 check: setup
 	$(BIN)/ruff format --check src tests examples docs perf conftest.py
 	$(BIN)/ruff check src tests examples docs perf conftest.py
