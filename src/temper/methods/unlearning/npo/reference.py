@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from temper.artefacts import load_artefact
+from temper.artefacts.opening import opened
 from temper.core.errors import ConfigError
-from temper.core.spec import parse_system
 from temper.core.types import Run
 from temper.data.schemas import Data
 from temper.methods.unlearning.npo.card import Config
 from temper.store import lines
 from temper.systems.causal_lm import CausalLM
-from temper.systems.loading import load_base
 
 __all__ = ["Reference", "ScoreSplit", "load_reference", "read_rows"]
 
@@ -69,13 +66,8 @@ def read_rows(path: Path) -> Reference:
 
 
 def _measured(config: Config, system: CausalLM, data: Data, run: Run, score: ScoreSplit) -> Reference:
-    spec = parse_system(config.reference)
-    artefacts = [(load_artefact(ref.name), ref.strength) for ref in spec.artefacts]
-    base = load_base(spec.base, device=run.device, system_prompt=system.chat.system_prompt)
     found: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        for artefact, strength in artefacts:
-            base = stack.enter_context(artefact.apply(base, strength))
+    with opened(config.reference, device=run.device, system_prompt=system.chat.system_prompt) as base:
         for split in ("forget", "holdout"):
             records = data.get(split)[: config.max_rows]
             scores = score(base, records, split, config, run) if records else {}
