@@ -26,6 +26,7 @@ steps:
       - {id: 4-bit, fit: tampering, settings: {how: quantise}}
       - {attack: gcg, data: builtin:behaviours:neutral, limit: 1,
          settings: {suffix_tokens: 3, num_steps: 1, num_candidates: 4, topk: 4, reply_tokens: 2}}
+  - {id: other, measure: npo, data: builtin:people, settings: {reply_tokens: 0, max_rows: 3}}
   - {id: score, measure: npo, system: base+forget, data: builtin:people, settings: {reply_tokens: 0, max_rows: 3}}
 """
 
@@ -39,7 +40,7 @@ def recipe(tmp_path):
 
 def test_every_attack_has_a_plain_twin_with_the_same_budget(recipe):
     steps = {step.id: step for step in with_opponents(load_recipe(str(recipe)).steps, "here")}
-    assert list(steps)[:2] == ["forget", "score"]
+    assert list(steps)[:3] == ["forget", "other", "score"]
     assert steps["score-plain"].system == "base"
     for name, system in (("forget-relearn-2", "base+forget"), ("forget-relearn-2-plain", "base")):
         assert steps[name].system == system
@@ -47,10 +48,10 @@ def test_every_attack_has_a_plain_twin_with_the_same_budget(recipe):
         assert steps[name].data == "builtin:people:forget"
         assert steps[f"score-{name}"].system == f"{system}+{name}"
     assert steps["score-forget-4-bit-plain"].label == {
-        "against": {"opponent": "4-bit", "budget": {}, "defended": False}
+        "against": {"opponent": "4-bit", "budget": {}, "defended": False, "look": "score"}
     }
     assert [steps[f"forget-gcg{end}"].system for end in ("", "-plain")] == ["base+forget", "base"]
-    assert len(steps) == 2 + 1 + 3 * 4 + 2
+    assert len(steps) == 3 + 1 + 3 * 4 + 2
 
 
 def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
@@ -60,7 +61,7 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     assert len(seen) == 1 + 1 + 3 * 2 + 2
 
     def forget(opponent, defended, **budget):
-        wanted = {"opponent": opponent, "budget": budget, "defended": defended, "arm": ""}
+        wanted = {"opponent": opponent, "budget": budget, "defended": defended, "look": "score", "arm": ""}
         found = [r for r in rows if r["metric"] == "forget_probability" and not r.get("item")]
         found = [r for r in found if r["facts"].get("against") == wanted]
         return [row["value"] for row in found]
@@ -95,6 +96,13 @@ def test_opponents_at_the_top_go_to_the_last_fit():
     ("steps", "message"),
     [
         ([{"fit": "npo", "against": [{"fit": "tampering"}]}], "nobody would see"),
+        (
+            [
+                {"id": "a", "fit": "npo", "against": [{"fit": "tampering"}]},
+                {"measure": "npo", "system": "base+a@0.5"},
+            ],
+            "nobody would see",
+        ),
         ([{"measure": "npo", "against": [{"fit": "tampering"}]}], "stands at a fit"),
         ([{"fit": "npo", "against": {"fit": "tampering"}}], "not a list"),
         ([{"fit": "npo", "against": [{"data": "x.jsonl"}]}], "one verb"),

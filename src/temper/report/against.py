@@ -60,7 +60,9 @@ def attack_curves(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
     """Metric and split -> a line for each attack, with a cell for each defence."""
     seen = {row.metric for row in rows if is_attacked(row)}
-    named = [_named(row) for row in rows if row.metric in seen and not row.group]
+    looks = {row.facts["against"].get("look") for row in rows if is_attacked(row)}
+    kept = [row for row in rows if is_attacked(row) or row.facts.get("step") in looks]
+    named = [_named(row) for row in kept if row.metric in seen and not row.group]
     out: dict[tuple[str, str], list[SummaryRow]] = {}
     for line in summary_table(named, groups=True).rows:
         out.setdefault((line.metric, line.split), []).append(line)
@@ -81,7 +83,8 @@ def _named(row: Row) -> Row:
     }
     arm = str(label.get("arm", row.arm))
     parts = [arm, "" if label["defended"] and arm else DEFENDED if label["defended"] else PLAIN]
-    return replace(row, group=_attack(label), arm=", ".join(part for part in parts if part))
+    facts = {**row.facts, "step": label.get("look", row.facts.get("step"))}
+    return replace(row, group=_attack(label), arm=", ".join(part for part in parts if part), facts=facts)
 
 
 def _attack(label: Mapping[str, Json]) -> str:

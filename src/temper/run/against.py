@@ -1,7 +1,7 @@
 """`against:` of a fit step: the fit attacked as a matter of course, and the plain system attacked with the same budget.
 
 A fit step F with opponents becomes more steps. An opponent that fits (it changes weights) gives, for each budget, one
-step on the system with F and a twin on the one without; every measure step that looks at F then also looks at both,
+step on the system with F and a twin on the one without; every measure step whose system ends in F then also looks at both,
 and at the plain system. An opponent that attacks (it searches inputs) gives one step on either system. Rows of these
 steps say whom they are about: `against` among their facts.
 """
@@ -36,7 +36,7 @@ def with_opponents(steps: Sequence[Step], where: str) -> tuple[Step, ...]:
 
 def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
     place = f"{where}: {fit.id}: against"
-    looks = [step for step in steps if step.verb == "measure" and fit.id in _names(step.system)]
+    looks = [step for step in steps if step.verb == "measure" and _ends_in(step.system, fit.id)]
     if not looks and any(opponent.verb == "fit" for opponent in fit.against):
         raise ConfigError(
             f"No measure step looks at {fit.id!r}, so nobody would see what the attack did",
@@ -45,7 +45,7 @@ def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
         )
     defended = str(_with(fit.system, fit.id))
     for look in looks:
-        yield _look(look, f"{look.id}-plain", _without(look.system, fit.id), "none", None, is_defended=False)
+        yield _look(look, f"{look.id}-plain", _without(look.system), "none", None, is_defended=False)
     for opponent in fit.against:
         for budget in opponent.budgets or ({},):
             name = "-".join([opponent.id, *(_text(value) for value in budget.values())])
@@ -56,7 +56,7 @@ def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
                 )
                 yield dataclasses.replace(attack, label=_label(opponent.id, budget, is_defended))
                 for look in looks if opponent.verb == "fit" else ():
-                    seen = look.system if is_defended else _without(look.system, fit.id)
+                    seen = look.system if is_defended else _without(look.system)
                     look_id = f"{look.id}-{attack.id}"
                     yield _look(
                         look, look_id, _with(seen, attack.id), opponent.id, budget, is_defended=is_defended
@@ -85,20 +85,24 @@ def _look(
     *,
     is_defended: bool,
 ) -> Step:
-    label = _label(opponent, budget or {}, is_defended)
+    label = _label(opponent, budget or {}, is_defended, look.id)
     return dataclasses.replace(look, id=step_id, system=str(system), label={**look.label, **label})
 
 
-def _label(opponent: str, budget: Mapping[str, Json], is_defended: bool) -> dict[str, Json]:
-    return {"against": {"opponent": opponent, "budget": dict(budget), "defended": is_defended}}
+def _label(opponent: str, budget: Mapping[str, Json], is_defended: bool, look: str = "") -> dict[str, Json]:
+    """`look` is the step that measures the same of the fit unattacked."""
+    label = {"opponent": opponent, "budget": dict(budget), "defended": is_defended, "look": look}
+    return {"against": label}
 
 
 def _text(value: Json) -> str:
     return str(value).replace(".", "_").replace("-", "m")
 
 
-def _names(system: str | None) -> list[str]:
-    return [ref.name for ref in parse_system(system or BASE).artefacts]
+def _ends_in(system: str | None, name: str) -> bool:
+    """Whether the fit stands last and at full strength: an attack on it fits no other system."""
+    artefacts = parse_system(system or BASE).artefacts
+    return bool(artefacts) and artefacts[-1] == ArtefactRef(name)
 
 
 def _with(system: str | SystemSpec | None, name: str) -> SystemSpec:
@@ -106,7 +110,7 @@ def _with(system: str | SystemSpec | None, name: str) -> SystemSpec:
     return SystemSpec(spec.base, (*spec.artefacts, ArtefactRef(name)))
 
 
-def _without(system: str | None, name: str) -> SystemSpec:
-    """The system without an artefact; what stood on it goes too, for it fits no other base."""
+def _without(system: str | None) -> SystemSpec:
+    """The system without its last artefact."""
     spec = parse_system(system or BASE)
-    return SystemSpec(spec.base, spec.artefacts[: [ref.name for ref in spec.artefacts].index(name)])
+    return SystemSpec(spec.base, spec.artefacts[:-1])
