@@ -199,3 +199,10 @@ def test_a_schema_asked_for_wins_over_the_columns(schema):
     record = read({"prompt": "p", "target": "t"}, schema)
     assert type(record).__name__ == schema
     assert record.extra == ({"target": "t"} if schema == "Dialogue" else {})
+
+
+def test_a_page_of_concept_vectors_is_a_text():
+    row = {"Concept": "Velmora", "QA": ["Where?"], "wikipedia_content": "Velmora lies by the sea."}
+    record = from_row(row, "Text", Place("f.json", 1), default_id="1")
+    assert record.text == "Velmora lies by the sea."
+    assert record.extra == {"Concept": "Velmora", "QA": ["Where?"]}

@@ -52,6 +52,28 @@ def lcs(a, b):
     return table[-1][-1]
 
 
+def test_rouge_f1_by_hand():
+    # Longest common subsequence "the cat sat": 3 of 4 and 3 of 5 words.
+    assert tx.rouge_l_f1("the black cat sat", "the cat sat down there") == pytest.approx(2 * 3 / (4 + 5))
+    assert tx.rouge_l_f1("a b c", "c b a") == tx.rouge_l_f1("c b a", "a b c")
+    assert tx.rouge_l_f1("", "a") == tx.rouge_l_f1("a", "") == 0
+    assert tx.rouge_l_f1(" ", "?!") == 1
+    assert tx.rouge_l_f1("keepers", "keeper", stem=False) == 0 < tx.rouge_l_f1("keepers", "keeper")
+
+
+def test_bleu_by_hand():
+    # 4 of 5 words, 2 of 4 pairs, 1 of 3 triples, no quadruple: method 3 gives the first zero 1 / 2 of one in 2.
+    got = tx.bleu("red blue tall moon red", "red blue tall sea red")
+    assert got == pytest.approx((4 / 5 * 2 / 4 * 1 / 3 * (1 / 2) / 2) ** 0.25)
+    assert tx.bleu("red blue tall", "red blue tall sea") < tx.bleu(
+        "red blue tall sea moon", "red blue tall sea"
+    )
+    assert tx.bleu("red  blue", "red blue") == 1, "short and unchanged"
+    assert tx.bleu("", "") == 1
+    assert tx.bleu("", "red") == tx.bleu("red", "") == 0
+    assert tx.bleu("moon", "red blue") == 0
+
+
 @given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8),
        st.lists(st.sampled_from(WORDS), max_size=8))  # fmt: skip
 @settings(deadline=None)

@@ -37,6 +37,8 @@ PROMPTS = ("prompt", "question")
 REPLIES = ("completion", "response", "answer")
 GOALS = ("prompt", "goal", "behavior", "behaviour")
 IMAGES = ("image", "img")
+PAGE = "wikipedia_content"
+"""ConceptVectors' name for the text about a concept."""
 CHAT_LISTS = ("messages", "conversations")
 TURN_NAMES = {"human": "user", "gpt": "assistant"}
 
@@ -328,7 +330,7 @@ def _labelled(r: RowReader) -> Fields:
 
 
 def _text(r: RowReader) -> Fields:
-    return {"text": r.text("text")}
+    return {"text": r.text(PAGE if r.find(PAGE) and not r.find("text") else "text")}
 
 
 def _ranking(r: RowReader) -> Fields:

@@ -1,6 +1,6 @@
 """Text measures and deterministic rewordings.
 
-Measures compare a reply with a reference: exact match, containment as words, ROUGE-L, keyword recall,
+Measures compare a reply with a reference: exact match, containment as words, ROUGE-L, BLEU, keyword recall,
 repetition. Rewordings (`MUTATIONS`) change how a request is put and need no model; those that are codecs
 can be undone (`DECODERS`).
 """
@@ -23,6 +23,7 @@ __all__ = [
     "ascii_codes",
     "atbash",
     "authority",
+    "bleu",
     "caesar",
     "contains",
     "decode",
@@ -40,6 +41,7 @@ __all__ = [
     "question",
     "repetition_rate",
     "role_play",
+    "rouge_l_f1",
     "rouge_l_recall",
     "uncaesar",
     "words",
@@ -89,6 +91,13 @@ def rouge_l_recall(reply: str, reference: str, *, stem: bool = True) -> float:
     return float(_rouge(stem).score(reference, reply)["rougeL"].recall)
 
 
+def rouge_l_f1(reply: str, reference: str, *, stem: bool = True) -> float:
+    """ROUGE-L F1 of two texts (rouge-score), the same whichever comes first; 1 where neither holds a word."""
+    if not words(reply) and not words(reference):
+        return 1.0
+    return float(_rouge(stem).score(reference, reply)["rougeL"].fmeasure)
+
+
 @cache
 def _rouge(stem: bool) -> Any:
     try:
@@ -100,6 +109,27 @@ def _rouge(stem: bool) -> Any:
             cure='Install it: pip install "temper-ml[report]".',
         ) from None
     return RougeScorer(["rougeL"], use_stemmer=stem)
+
+
+def bleu(reply: str, reference: str) -> float:
+    """Sentence BLEU of a reply against one reference (NLTK, smoothing method 3) on words as blanks separate them.
+
+    1 for equal words, also fewer than four, which NLTK alone gives less; 0 where only one text holds any.
+    """
+    found, wanted = reply.split(), reference.split()
+    if found == wanted:
+        return 1.0
+    if not found or not wanted:
+        return 0.0
+    try:
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    except ImportError:
+        raise NeedsError(
+            "BLEU needs nltk",
+            where="temper.ops.text",
+            cure='Install it: pip install "temper-ml[report]".',
+        ) from None
+    return float(sentence_bleu([wanted], found, smoothing_function=SmoothingFunction().method3))
 
 
 def numbers(text: str) -> list[float]:

@@ -17,6 +17,7 @@ import yaml
 from temper.core.errors import DataError
 from temper.core.types import Json, Message
 from temper.data.schemas import Choice, Data, Dialogue, Record, Text
+from temper.ops.languages import LANGUAGES, asked_in
 
 __all__ = [
     "ATTACK_TYPES",
@@ -40,7 +41,6 @@ ATTACK_TYPES = (
     "incontext learning",
     "cross lingual",
 )
-LANGUAGES = ("fr", "de", "es")
 NUM_OPTIONS = 4
 SENTENCES = 4
 """Sentences of a biography."""
@@ -107,10 +107,8 @@ def _fact(record: Dialogue) -> Fact:
 def attack_query(fact: Fact, kind: str, number: int, siblings: Sequence[Fact], demo: Fact) -> tuple[str, str]:
     """The query of one of `ATTACK_TYPES` and its answer: the value, or for a reverse query the person."""
     if kind == "cross lingual":
-        table = wordings()["cross_lingual"]
-        asked = table.get(fact.field) or table["frame"]
         language = LANGUAGES[number % len(LANGUAGES)]
-        return asked[language].format(person=fact.person, question=fact.question), fact.value
+        return asked_in(language, fact.question, person=fact.person, field=fact.field), fact.value
     hints = [other for other in siblings if other.id != fact.id]
     wrong = list(fact.wrong) or list(dict.fromkeys(other.value for other in hints))
     options = [fact.value, *wrong[: NUM_OPTIONS - 1]]
