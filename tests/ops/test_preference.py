@@ -62,6 +62,50 @@ def test_losses_and_gradients_equal_two_rows_alone(kind, loss, lively, random_pr
         assert (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1e-3)
 
 
+def padded_sums(model, rows):
+    """Right-padded ids, full logits, softmax and masks spelt out in float64."""
+    width = max(len(row.ids) for row in rows) + 3
+    ids, mask = torch.full((len(rows), width), 3), torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)], mask[b, : len(row.ids)] = torch.tensor(row.ids), 1
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert logits.dtype == torch.float64
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return [
+        sum(p[b, t - 1, row.ids[t]].log() for t in range(1, len(row.ids)) if row.scored[t])
+        for b, row in enumerate(rows)
+    ]
+
+
+def by_formula(name, beta, a, b, ref_a, ref_b):
+    margin = (a - ref_a) - (b - ref_b)
+    return {
+        "dpo": lambda: (1 + (-beta * margin).exp()).log(),
+        "ipo": lambda: (margin - 1 / (2 * beta)) ** 2,
+        "simpo": lambda: (1 + (-beta * (a - b) + 1.0).exp()).log(),
+    }[name]()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("loss", [dpo, ipo, simpo])
+def test_losses_equal_a_float64_version_on_padded_batches(kind, per_token, loss, lively, random_prompts):
+    model, beta = lively(kind).model.double(), 0.3
+    for seed, sizes in enumerate((((5, 4, 9), (1, 3, 2), (30, 1, 12)), ((2, 1, 1), (17, 6, 3)))):
+        pairs = pairs_of(lambda lengths, seed, at=seed: random_prompts(lengths, 10 * at + seed), sizes)
+        objective = PreferenceObjective(partial(loss, beta=beta), pad_id=3, per_token=per_token)
+        found = objective(model, pairs)["preference"]
+        with torch.no_grad():
+            sums = padded_sums(model, [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+        expected = 0.0
+        for at, pair in enumerate(pairs):
+            long = [sum(row.scored) if per_token else 1 for row in (pair.chosen, pair.rejected)] * 2
+            values = [sums[at], sums[len(pairs) + at], pair.ref_chosen, pair.ref_rejected]
+            parts = [value / size for value, size in zip(values, long, strict=True)]
+            expected += by_formula(loss.__name__, beta, *parts) / len(pairs)
+        assert found.total.item() / found.count == pytest.approx(float(expected), abs=1e-6, rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_dpo_equals_trl_on_a_padded_batch(lively, random_prompts, tmp_path):
     from datasets import Dataset

@@ -1,0 +1,213 @@
+"""NPO, SimNPO, GradDiff, DPO and their relatives beside a plain float64 version on padded batches, and both ways to train.
+
+The version here shares nothing with the code it checks: padded ids through the model, softmax over full logits, loops over
+rows and tokens, one formula a loss.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import temper
+from temper.core.types import Run
+from temper.data.loading import load_data
+from temper.methods.unlearning.npo.card import Config
+from temper.methods.unlearning.npo.losses import parse
+from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
+from temper.ops.batching import Example
+from temper.ops.logprobs import response_logprobs
+from temper.ops.objectives import SumCount
+from temper.systems.loading import load_base
+
+KINDS = ("llama", "gpt2", "qwen2", "gemma", "gemma2")
+BETA, DELTA = 0.3, 0.2
+PAD = 3
+
+
+def random_row(draw: random.Random, begin: Sequence[int] = ()) -> Example:
+    prompt = [*begin, *(draw.randrange(4, 512) for _ in range(draw.randint(1, 12)))]
+    reply = [draw.randrange(4, 512) for _ in range(draw.randint(1, 15))]
+    return Example(prompt + reply, [False] * len(prompt) + [True] * len(reply))
+
+
+def random_pairs(seed: int) -> list[Pair]:
+    """Rows of many lengths; in odd seeds all begin alike, as rows with one system prompt do."""
+    draw = random.Random(seed)
+    begin = [draw.randrange(4, 512) for _ in range(14)] if seed % 2 else []
+    return [
+        Pair(
+            random_row(draw, begin),
+            draw.uniform(-60, -5),
+            random_row(draw, begin),
+            draw.uniform(-60, -5),
+            random_row(draw, begin),
+        )
+        for _ in range(4)
+    ]
+
+
+# ---- the plain version
+
+
+def answers(model: Any, rows: Sequence[Example]) -> list[Tensor]:
+    """The log-probabilities of each row's answer tokens, from one padded batch."""
+    width = max(len(row.ids) for row in rows) + 2
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        for t, token in enumerate(row.ids):
+            ids[b, t], mask[b, t] = token, 1
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert logits.dtype == torch.float64
+    found = []
+    for b, row in enumerate(rows):
+        values = []
+        for t in range(1, len(row.ids)):
+            if row.scored[t]:
+                values.append(logits[b, t - 1, row.ids[t]] - torch.logsumexp(logits[b, t - 1], 0))
+        found.append(torch.stack(values))
+    return found
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -torch.log(1 + torch.exp(-x))
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    return sum(values[1:], values[0]) / len(values)
+
+
+def token_mean(rows: Sequence[Tensor]) -> Tensor:
+    return mean([value for row in rows for value in row])
+
+
+def npo(items: Sequence[Pair], forget: Sequence[Tensor], idk: Sequence[Tensor]) -> Tensor:
+    ratios = [lp.sum() - item.forget_ref for lp, item in zip(forget, items, strict=True)]
+    return 2 / BETA * mean([torch.log(1 + torch.exp(BETA * ratio)) for ratio in ratios])
+
+
+def simnpo(items: Sequence[Pair], forget: Sequence[Tensor], idk: Sequence[Tensor]) -> Tensor:
+    return -2 / BETA * mean([log_sigmoid(BETA * (-lp.sum() / len(lp) - DELTA)) for lp in forget])
+
+
+def dpo(items: Sequence[Pair], forget: Sequence[Tensor], idk: Sequence[Tensor]) -> Tensor:
+    margins = [
+        (win.sum() - item.idk_ref) - (lose.sum() - item.forget_ref)
+        for win, lose, item in zip(idk, forget, items, strict=True)
+    ]
+    return -2 / BETA * mean([log_sigmoid(BETA * margin) for margin in margins])
+
+
+def ga(items: Sequence[Pair], forget: Sequence[Tensor], idk: Sequence[Tensor]) -> Tensor:
+    return token_mean(forget)
+
+
+def only_idk(items: Sequence[Pair], forget: Sequence[Tensor], idk: Sequence[Tensor]) -> Tensor:
+    return -token_mean(idk)
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "ga": ga,
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "idk": only_idk,
+}
+
+
+def plain_loss(model: Any, items: Sequence[Pair], name: str) -> Tensor:
+    forget_name, _, retains = name.partition("+")
+    forget = answers(model, [item.forget for item in items])
+    idk = answers(model, [item.row("idk") for item in items])
+    loss = PLAIN[forget_name](items, forget, idk)
+    if retains:
+        loss = loss - token_mean(answers(model, [item.row("retain") for item in items]))
+    return loss
+
+
+# ---- the two beside each other
+
+
+def our_loss(system: Any, items: Sequence[Pair], name: str) -> Tensor:
+    objective = UnlearnObjective(
+        parse(name),
+        Config(loss=name, beta=BETA, delta=DELTA),
+        pad_id=PAD,
+        device="cpu",
+        reference=lambda: nullcontext(system),
+    )
+    terms: dict[str, SumCount] = objective(system.model, items)
+    counts = objective.counts(items)
+    weighted = [objective.weights[part] * term.total / counts[part] for part, term in terms.items()]
+    return sum(weighted[1:], weighted[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["ga", "graddiff", "npo", "npo+rt", "simnpo", "simnpo+rt", "dpo", "dpo+rt", "idk+rt"]
+)
+def test_values_and_gradients_are_those_of_the_plain_version(kind: str, name: str) -> None:
+    system = load_base(f"tiny:{kind}")
+    model = system.model.double()
+    for seed in (0, 1, 2):
+        items = random_pairs(seed)
+        found = our_loss(system, items, name)
+        expected = plain_loss(model, items, "ga+rt" if name == "graddiff" else name)
+        assert found.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
+        if seed:
+            weights = list(model.parameters())
+            ours, theirs = (torch.autograd.grad(loss, weights) for loss in (found, expected))
+            for one, other in zip(ours, theirs, strict=True):
+                # Norms and rotations compute in float32 inside, whatever the weights are.
+                assert (one - other).abs().max() <= 1e-5 * max(1e-3, float(other.abs().max()))
+
+
+def test_the_plain_version_is_no_echo_of_ours() -> None:
+    """By hand, from numbers alone: p(answer) = 1/8, p_ref = 1/2, p(idk) = p_ref(idk) = 1/4."""
+    item = Pair(Example([], []), math.log(1 / 2), Example([], []), math.log(1 / 4))
+    forget, idk = [torch.tensor([0.5, 0.25]).double().log()], [torch.tensor([0.25]).double().log()]
+    ratio = 0.25**BETA
+    assert npo([item], forget, idk).item() == pytest.approx(2 / BETA * math.log(1 + ratio))
+    assert dpo([item], forget, idk).item() == pytest.approx(2 / BETA * math.log(1 + ratio))
+    by_length = math.exp(-BETA * (math.log(8) / 2 - DELTA))
+    assert simnpo([item], forget, idk).item() == pytest.approx(2 / BETA * math.log(1 + by_length))
+    assert ga([item], forget, idk).item() == pytest.approx(-math.log(8) / 2)
+
+
+# ---- full fine-tuning and LoRA, on any architecture
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_ways_to_train_forget_on_every_architecture(kind: str, mode: str) -> None:
+    from temper.ops.batching import encode
+
+    data = load_data("builtin:people", {"forget": "Dialogue", "retain": "Dialogue"}, limit=4)
+    system: Any = load_base(f"tiny:{kind}")
+    base = {name: value.clone() for name, value in system.model.state_dict().items()}
+    rows = [encode(system, record, train_on="last") for record in data["forget"]]
+    before = response_logprobs(system, rows, run=Run())
+    artefact = temper.fit(
+        "npo",
+        system,
+        data,
+        mode=mode,
+        rank=4,
+        lr=1e-2,
+        num_epochs=6,
+        min_steps=0,
+        batch_rows=4,
+        watch_every=0,
+    )
+    assert artefact.kind == {"full": "weights", "lora": "adapter"}[mode]
+    with artefact.apply(system) as unlearnt:
+        assert (response_logprobs(unlearnt, rows, run=Run()) < before - 1).all()
+    assert all(torch.equal(value, base[name]) for name, value in system.model.state_dict().items())
