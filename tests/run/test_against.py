@@ -24,6 +24,7 @@ steps:
     against:
       - {id: relearn, fit: tampering, data: builtin:people:forget, settings: {batch_rows: 2, rank: 2}, budget: {num_steps: [1, 2]}}
       - {id: 4-bit, fit: tampering, settings: {how: quantise}}
+      - {id: prefill, fit: tampering, data: builtin:people:forget, settings: {how: prefill, known_tokens: 3}}
       - {attack: gcg, data: builtin:behaviours:neutral, limit: 1,
          settings: {suffix_tokens: 3, num_steps: 1, num_candidates: 4, topk: 4, reply_tokens: 2}}
   - {id: other, measure: npo, data: builtin:people, settings: {reply_tokens: 0, max_rows: 3}}
@@ -51,14 +52,14 @@ def test_every_attack_has_a_plain_twin_with_the_same_budget(recipe):
         "against": {"opponent": "4-bit", "budget": {}, "defended": False, "look": "score"}
     }
     assert [steps[f"forget-gcg{end}"].system for end in ("", "-plain")] == ["base+forget", "base"]
-    assert len(steps) == 3 + 1 + 3 * 4 + 2
+    assert len(steps) == 3 + 1 + 4 * 4 + 2
 
 
 def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     result = run_recipe(str(recipe), out=str(tmp_path / "runs"))
     rows = list(lines.read(result.folder.path / "rows.jsonl"))
     seen = {json.dumps(row["facts"].get("against"), sort_keys=True) for row in rows}
-    assert len(seen) == 1 + 1 + 3 * 2 + 2
+    assert len(seen) == 1 + 1 + 4 * 2 + 2
 
     def forget(opponent, defended, **budget):
         wanted = {"opponent": opponent, "budget": budget, "defended": defended, "look": "score", "arm": ""}
@@ -71,8 +72,9 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     maps = {found.metric: found for found in attack_maps(list(result.folder.rows()))}
     chosen = maps["forget_probability"]
     assert chosen.arms == ["fitted", "plain"]
-    assert chosen.groups == ["none", "relearn num_steps 1", "relearn num_steps 2", "4-bit"]
+    assert chosen.groups == ["none", "relearn num_steps 1", "relearn num_steps 2", "4-bit", "prefill"]
     assert all(cell is not None and cell.low is not None for line in chosen.cells for cell in line)
+    assert chosen.cells[0][4] != chosen.cells[0][0]
     curve = attack_curves(list(result.folder.rows()))["forget_probability under relearn"]
     assert curve["x"] == "num_steps"
     assert [line["x"] for line in curve["lines"].values()] == [[0.0, 1.0, 2.0]] * 2

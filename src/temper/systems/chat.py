@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Json, Message
+from temper.systems.opening import Opening
 from temper.systems.recent import Recent
 from temper.systems.templates import BARE_FORMAT, PLAIN_FORMAT, Template
 from temper.systems.text_ids import ANCHOR, Piece, TextIds
@@ -63,6 +64,7 @@ class Chat:
     template       a template's text; None takes the tokenizer's. A tokenizer without one (a base
                    model) gets a plain format: "qa" ("Question: ...\\nAnswer:") or "bare" (nothing added)
     options        further variables for the template, e.g. {"enable_thinking": False}
+    opening        what stands at the beginning of a reply before the model writes; it is in no message's span
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class Chat:
         *,
         plain: Literal["qa", "bare"] = "qa",
         options: Mapping[str, Json] | None = None,
+        opening: Opening | None = None,
     ) -> None:
         if not system_prompt.strip():
             raise ConfigError("system_prompt is empty", cure='Write "none" for no system prompt.')
         self.tokenizer, self.system_prompt, self.plain = tokenizer, system_prompt, plain
-        self.options = dict(options or {})
+        self.options, self.opening = dict(options or {}), opening
         self.template: str | None = template if template is not None else _own_template(tokenizer)
         source, variables = self.template, self.options
         if source is None:
@@ -102,21 +105,24 @@ class Chat:
 
     def with_(self, **changes: Any) -> Chat:
         """The same chat with some of its arguments changed."""
-        now = {"system_prompt": self.system_prompt, "template": self.template, "plain": self.plain}
-        arguments: dict[str, Any] = {"tokenizer": self.tokenizer, **now, "options": self.options, **changes}
-        changed = Chat(**arguments)
+        changed = Chat(**{**self._arguments(), **changes})
         changed.recent = self.recent
         return changed
 
+    def _arguments(self) -> dict[str, Any]:
+        names = ("tokenizer", "system_prompt", "template", "plain", "options", "opening")
+        return {name: getattr(self, name) for name in names}
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The memories of template and tokenizer can be neither copied nor sent to another process.
-        return _rebuilt, (self.tokenizer, self.system_prompt, self.template, self.plain, self.options)
+        return partial(Chat, **self._arguments()), ()
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the template, its options, the system prompt and the special tokens with their ids."""
+        """Hash of the template, its options, the system prompt, the special tokens with their ids, and the opening."""
         control = sorted(self._text_ids.control.items())
         facts = [self._template.source, self._template.options, self.system_prompt, control]
+        facts += [self.opening.facts()] if self.opening else []
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def prompt(self, messages: Sequence[Message], *, open_reply: bool = True) -> Rendered:
@@ -266,8 +272,11 @@ class Chat:
         """Hand pieces and contents to the builder in order; the whole text."""
         if not sent:
             raise DataError("A conversation has no messages", cure="Give at least one.")
-        layout = self._template.layout(tuple(m.role for m in sent), open_reply)
+        roles = tuple(m.role for m in sent)
+        layout = self._template.layout(roles, open_reply)
         contents = self._template.contents(sent, layout, open_reply)
+        lead = self.opening.of(sent) if self.opening else ""
+        begun = self.opening if lead and not open_reply and roles[-1] == "assistant" else None
         for index, message in enumerate(sent):
             piece, opens = layout.pieces[index], layout.opens[index]
             builder.template(piece[:opens])
@@ -275,6 +284,10 @@ class Chat:
                 # The prompt ends here, so the reply must not change the ids before it.
                 builder.cut()
                 builder.template(piece[opens:])
+            if begun and index + 1 == len(sent):
+                contents[index] = begun.rest(sent, contents[index])
+                builder.content(lead)
+                builder.cut()
             builder.begin(message.role, index - shift)
             write(index, contents[index])
             for name in message.control:
@@ -283,7 +296,18 @@ class Chat:
             builder.end()
         builder.template(layout.pieces[-1])
         builder.cut()
-        return "".join(part for pair in zip(layout.pieces, [*contents, ""], strict=True) for part in pair)
+        contents[-1] = lead + contents[-1] if begun else contents[-1]
+        contents.append(self._begin(builder, roles, lead) if lead and open_reply else "")
+        return "".join(part for pair in zip(layout.pieces, contents, strict=True) for part in pair)
+
+    def _begin(self, builder: _Builder, roles: tuple[str, ...], lead: str) -> str:
+        """Write the opening behind the generation prompt; what was written."""
+        reply = self._template.layout((*roles, "assistant"), False)
+        between = reply.pieces[-2][reply.opens[-1] :]
+        builder.template(between)
+        builder.content(lead)
+        builder.cut()
+        return between + lead
 
 
 class _Mark(NamedTuple):
@@ -361,16 +385,6 @@ class _Builder:
             self.spans[mark.span] = span._replace(end=end)
         else:
             self.spans[mark.span] = span._replace(start=len(self.ids) + piece.first_after(mark.char))
-
-
-def _rebuilt(
-    tokenizer: Any,
-    system_prompt: str,
-    template: str | None,
-    plain: Literal["qa", "bare"],
-    options: Mapping[str, Json],
-) -> Chat:
-    return Chat(tokenizer, system_prompt, template, plain=plain, options=options)
 
 
 def _own_template(tokenizer: Any) -> str | None:

@@ -3,22 +3,31 @@
 Paper         No single one. Relearning on part of the forgotten rows: Eight Methods to Evaluate Robust Unlearning in LLMs,
               Lynch et al. 2024, https://arxiv.org/abs/2402.16835. Quantisation: Catastrophic Failure of LLM Unlearning via
               Quantization, Zhang et al., ICLR 2025, https://arxiv.org/abs/2410.16454. Pruning by size: Han et al. 2015.
+              Prefilled replies: Jailbreaking Leading Safety-Aligned LLMs with Simple Adaptive Attacks, Andriushchenko et
+              al., ICLR 2025, https://arxiv.org/abs/2404.02151; by the first tokens of a known answer: Safety Alignment
+              Should Be Made More Than Just a Few Tokens Deep, Qi et al., ICLR 2025, https://arxiv.org/abs/2406.05946.
 What you get  An artefact that stands on a fitted system like any other: `base+mine+tampered` is the model after the attack.
               Any measure then says what came back, and the same attack on the plain base says what it would have had anyway.
               `against:` in a recipe does both for every fit.
 
 Idea          A behaviour that a few gradient steps, a coarser number format or a little pruning bring back was hidden, not
-              gone. All three are what people do to open weights every day, so they belong to the ordinary test.
+              gone. All are what people do to open weights every day, so they belong to the ordinary test. A reply that somebody
+              else began needs no weights at all: many interfaces let one write its first words.
 
 Maths         finetune   minimise the token-mean cross-entropy of the replies of a random `share` of the given rows for
                          `num_steps` steps of AdamW, by a LoRA adapter or all weights
               quantise   w' = s round(w / s), s = max |w| / (2^(bits - 1) - 1) over each row of a matrix, or over each
                          `group_size` neighbours of a row
               prune      w' = 0 where |w| is among the smallest `sparsity` of its matrix, else w
+              prefill    p(y | x) becomes p(y | x, z): z stands where the reply begins, before the model writes. z is
+                         `opening`, or for each given row the first `known_tokens` tokens of its own answer
 
 Departures    1. Quantisation rounds the weights and computes on in the model's own dtype: what a format stores, not how a
                  kernel multiplies. Dynamic int8 also rounds activations; that part is left out.
               2. Only linear layers are rounded and pruned; embeddings and the vocabulary projection stay.
+              3. z is context and no part of the reply: judges and ROUGE see what the model adds, probabilities are those of
+                 the answer's rest. An answer that does not begin with z is scored whole, behind it. With `known_tokens`
+                 only the given prompts are prefilled.
 
 Limits        Budgets compare within a kind, not across: steps, bits and shares have no common unit. Attacks that search for
               inputs (gcg) are methods of their own. What these attacks undo is a matter of the fit: the claims are about one.
@@ -39,8 +48,8 @@ __all__ = ["CARD", "Config"]
 class Config:
     """What the attacker does and may spend."""
 
-    how: Literal["finetune", "quantise", "prune"] = "finetune"
-    """Train on the given rows, round the weights, or set small ones to 0."""
+    how: Literal["finetune", "quantise", "prune", "prefill"] = "finetune"
+    """Train on the given rows, round the weights, set small ones to 0, or begin the replies."""
     num_steps: int = 20
     """Optimiser steps of finetune."""
     share: float = 1.0
@@ -61,17 +70,23 @@ class Config:
     """Neighbours of a row that share a scale in quantise; 0 = the whole row, as int8 is stored."""
     sparsity: float = 0.2
     """Share of each matrix that prune sets to 0."""
+    opening: str = "Sure, here is the answer:"
+    """How prefill begins every reply."""
+    known_tokens: int = 0
+    """Prefill: begin the replies to the given rows' prompts with so many tokens of their own answers instead; 0 = off."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_rows", "rank", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.known_tokens < 0 or not (self.known_tokens or self.opening):
+            raise ValueError("prefill needs an opening, or known_tokens above 0")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is a part of the rows, above 0 and at most 1, not {self.share}")
 
 
 CARD = Card(
-    title="Tampering: relearning, quantisation, pruning",
+    title="Tampering: relearning, quantisation, pruning, prefilled replies",
     paper="arXiv:2402.16835",
     verbs=("fit",),
     config=Config,

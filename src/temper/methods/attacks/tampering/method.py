@@ -1,4 +1,4 @@
-"""Three ways to tamper with a model whose weights one holds; the arithmetic of two of them is in `ops/tamper.py`."""
+"""Four ways to tamper with a model that one holds; the arithmetic of two of them is in `ops/tamper.py`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from temper.ops.batching import encode
 from temper.ops.tamper import pruned, rounded
 from temper.ops.train import SftObjective, TrainSettings, train
 from temper.systems.causal_lm import CausalLM
+from temper.systems.opening import Opening
 
-__all__ = ["build_steer", "change_of", "fit"]
+__all__ = ["build_steer", "change_of", "first_tokens", "fit"]
 
 SLUG = "tampering"
 
@@ -34,13 +35,7 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
 
 
 def _finetune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
-    records = data.records("train", Dialogue)
-    if not records:
-        raise DataError(
-            "Fine-tuning needs rows",
-            where=data.source,
-            cure="Give them (--data train=FILE), or take how=quantise or prune.",
-        )
+    records = _needed(data, "Fine-tuning", "take how=quantise or prune")
     held = random.Random(f"{run.seed}/held").sample(records, max(1, math.ceil(config.share * len(records))))
     examples = [encode(system, record, max_tokens=config.max_tokens) for record in held]
     settings = TrainSettings(lr=config.lr, max_steps=config.num_steps, batch_rows=config.batch_rows)
@@ -55,6 +50,37 @@ def _finetune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefac
             length=lambda example: len(example.ids),
         )
         return tuned.finish(SLUG)
+
+
+def _needed(data: Data, what: str, other: str) -> tuple[Dialogue, ...]:
+    """The given rows; raises DataError where there are none."""
+    records = data.records("train", Dialogue)
+    if not records:
+        raise DataError(
+            f"{what} needs rows", where=data.source, cure=f"Give them (--data train=FILE), or {other}."
+        )
+    return records
+
+
+def _prefill(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
+    """How replies are begun: one text for all, or the first tokens of each known answer."""
+    known: dict[str, Json] = {}
+    if config.known_tokens:
+        for record in _needed(data, "Prefilling known answers", "set known_tokens=0"):
+            asked = system.rewritten(record.prompt)[-1].content
+            known[asked] = first_tokens(system, record.reply, config.known_tokens)
+    settings = {"how": config.how, "opening": "" if known else config.opening, "known": known}
+    return Steer(system.fingerprint, SLUG, settings)
+
+
+def first_tokens(system: CausalLM, reply: str, num_tokens: int) -> str:
+    """The reply's text up to its first `num_tokens` tokens; more where a token ends within a character."""
+    ids = system.chat.continuation_ids(reply)
+    for end in range(min(num_tokens, len(ids)), len(ids)):
+        text = str(system.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        if reply.startswith(text):
+            return text
+    return reply
 
 
 def _rule(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
@@ -72,13 +98,17 @@ def _rule(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
 
 
 @contextlib.contextmanager
-def build_steer(system: CausalLM, artefact: Steer, strength: float) -> Iterator[None]:
-    """Every linear layer's weights but the vocabulary's, changed by the rule (Departure 2)."""
+def build_steer(system: CausalLM, artefact: Steer, strength: float) -> Iterator[CausalLM | None]:
+    """Every linear layer's weights but the vocabulary's, changed by the rule (Departure 2); or replies begun."""
     only_full_strength(artefact, strength)
+    if artefact.settings["how"] == "prefill":
+        opening = Opening(artefact.settings["opening"], artefact.settings["known"])
+        yield system.with_(chat=system.chat.with_(opening=opening))
+        return
     change = change_of(artefact.settings)
     for name, parameter in _matrices(system).items():
         replace_tensor(system.model, name, change(parameter.data))
-    yield
+    yield None
 
 
 def change_of(settings: Mapping[str, Json]) -> Callable[[Tensor], Tensor]:
@@ -97,4 +127,5 @@ ATTACKS: dict[str, Callable[[CausalLM, Data, Config, Run], Artefact]] = {
     "finetune": _finetune,
     "quantise": _rule,
     "prune": _rule,
+    "prefill": _prefill,
 }

@@ -1,4 +1,4 @@
-"""Tampering: grids and masks by hand, what each attack leaves alone, and that training only sees its share."""
+"""Tampering: grids and masks by hand, what each attack leaves alone, training that sees its share, begun replies."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from temper.core.errors import ConfigError, DataError
 from temper.core.types import Message, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.attacks.tampering.card import Config
-from temper.methods.attacks.tampering.method import fit
+from temper.methods.attacks.tampering.method import first_tokens, fit
+from temper.ops.generate import Sampling, generate
+from temper.ops.logprobs import response_logprobs
 from temper.ops.tamper import pruned, rounded
 from temper.systems.loading import load_base
 
@@ -78,11 +80,69 @@ def test_relearning_brings_the_rows_held_back(monkeypatch):
     config = Config(num_steps=8, share=0.25, lr=5e-3, batch_rows=2, rank=4)
     artefact = fit(system, Data({"train": rows}), config, Run())
     assert len(seen) == 2
-    from temper.ops.logprobs import response_logprobs
-
     held = [encode(system, record) for record in seen]
     plain = response_logprobs(system, held, run=Run())
     with artefact.apply(system) as tampered:
         assert (response_logprobs(tampered, held, run=Run()) > plain).all()
     with pytest.raises(DataError, match="needs rows"):
         fit(system, Data({}), config, Run())
+
+
+def known_rows():
+    return [
+        Dialogue((Message("user", f"Who is {n}?"), Message("assistant", f"Anna {n} is it.")), id=str(n))
+        for n in range(2)
+    ]
+
+
+def test_a_begun_reply_is_what_the_model_goes_on_from():
+    system = load_base("tiny:llama")
+    ask = [Message("user", "Who is 0?")]
+    before = system.chat.prompt(ask).ids
+    artefact = fit(system, Data({}), Config(how="prefill", opening="Sure:"), Run())
+    with artefact.apply(system) as prefilled:
+        ids = prefilled.chat.prompt(ask).ids
+        assert ids == before + system.chat.continuation_ids("Sure:")
+        (reply,) = generate(prefilled, [ask], Sampling(max_new_tokens=5), Run())
+        (same,) = generate(system, [ids], Sampling(max_new_tokens=5), Run())
+        assert reply.ids == same.ids
+        assert prefilled.fingerprint != system.fingerprint
+    assert system.chat.prompt(ask).ids == before
+
+
+def test_departure_3_probabilities_are_those_of_the_rest():
+    system, rows = load_base("tiny:llama"), known_rows()
+    artefact = fit(system, Data({"train": rows}), Config(how="prefill", known_tokens=2), Run())
+    lead = first_tokens(system, rows[0].reply, 2)
+    assert rows[0].reply.startswith(lead)
+    assert len(system.chat.continuation_ids(lead)) >= 2
+    whole = encode_last(system, rows[0])
+    with artefact.apply(system) as prefilled:
+        rest = encode_last(prefilled, rows[0])
+        other = [Message("user", "And who else?")]
+        assert prefilled.chat.prompt(other).ids == system.chat.prompt(other).ids
+        (found,) = response_logprobs(prefilled, [rest], run=Run())
+    assert rest.ids == whole.ids
+    assert sum(rest.scored) == sum(whole.scored) - len(system.chat.continuation_ids(lead))
+    (by_token,) = response_logprobs(system, [whole], reduce="tokens", run=Run())
+    torch.testing.assert_close(found, by_token[-sum(rest.scored) :].sum())
+    with pytest.raises(DataError, match="needs rows"):
+        fit(system, Data({}), Config(how="prefill", known_tokens=2), Run())
+
+
+def encode_last(system, record):
+    from temper.ops.batching import encode
+
+    return encode(system, record, train_on="last")
+
+
+def test_the_first_tokens_never_are_the_whole_answer_unless_it_is_one_token():
+    system = load_base("tiny:llama")
+    text = "Anna wrote it, é 漢字 🙂."
+    for num in range(1, 30):
+        found = first_tokens(system, text, num)
+        assert text.startswith(found)
+        assert found
+    assert len(first_tokens(system, text, 1)) < len(text)
+    with pytest.raises(ValueError, match="opening"):
+        Config(how="prefill", opening="")
