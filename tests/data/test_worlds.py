@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,10 +10,7 @@ import numpy as np
 import pytest
 
 from temper.core.errors import ConfigError, DataError
-from temper.data.loading import load_data
-from temper.data.schemas import Captioned, Data, Dialogue, Labelled
-from temper.data.worlds import load_world, world_sets
-from temper.data.worlds.captions import scenes as scenes_module
+from temper.data.worlds import load_world
 from temper.data.worlds.captions.dialogues import NUM_CANDIDATES, rounds_of, visdial_json
 from temper.data.worlds.captions.graphs import NODE_FEATURES, graph_json, scene_graph, triples
 from temper.data.worlds.captions.noise import normal, uniform
@@ -22,14 +20,14 @@ from temper.data.worlds.captions.scenes import (
     Glyph,
     Scene,
     SceneRecipe,
+    Texture,
     Thing,
     draw_scenes,
     from_json,
     to_json,
 )
-from temper.data.worlds.captions.sets import SETS
-from temper.data.worlds.captions.text import CaptionRecipe, captions
-from temper.data.worlds.captions.words import COLOURS, HELD_OUT, RGB, SHAPES, STYLES, SYNONYMS, VOCABULARY
+from temper.data.worlds.captions.text import CaptionRecipe, captions, wrong_captions
+from temper.data.worlds.captions.words import COLOURS, RGB, SHAPES, STYLES, SYNONYMS, VOCABULARY
 
 GRID = SceneRecipe(layout="scene")
 
@@ -71,7 +69,10 @@ def test_a_scene_is_the_same_alone_and_among_others() -> None:
 def test_a_scene_survives_json() -> None:
     scene = scene_of(("star", "red", 0), glyphs=(Glyph("word", 3, "stop"),))
     drawn = draw_scenes(GRID, [3])[0]
-    for each in (scene, drawn):
+    textured = draw_scenes(dataclasses.replace(GRID, size_px=64, textured=True), [3])[0]
+    assert "textures" not in to_json(drawn)
+    assert len(textured.textures) == 1 + len(textured.things)
+    for each in (scene, drawn, textured):
         assert from_json(json.loads(json.dumps(to_json(each)))) == each
         assert json.loads(json.dumps(to_json(each))) == to_json(each)
 
@@ -118,6 +119,34 @@ def test_sizes_are_not_mixed() -> None:
     assert draw_scenes(SceneRecipe(), []) == []
 
 
+def test_textures_darken_half_of_what_they_cover() -> None:
+    """Upright stripes of 8 px: four columns keep their colour, four keep a half of it; a check turns every other row."""
+    for kind in ("stripe", "check"):
+        texture = Texture(kind, 8.0, 0.0, 0.5)  # type: ignore[arg-type]
+        scene = Scene("s", 32, "flat", (0.8, 0.8, 0.8), (), 0, textures=(texture,))
+        image = render([scene])[0, :, :, 0].astype(int)
+        bands = [102] * 4 + [204] * 4
+        assert image[0, :8].tolist() == (bands if kind == "stripe" else bands[::-1])
+        assert (image[:4] == image[0]).all()
+        assert (image[4] == image[0]).all() == (kind == "stripe")
+        assert image.mean() == pytest.approx(0.75 * 204, abs=1)
+    thing = Thing("square", "red", (1.0, 0.0, 0.0), 0, 16, 16, 12, 0)
+    covered = (Texture("stripe", 8.0, 0.0, 1.0), Texture("stripe", 8.0, 0.0, 0.5))
+    image = render([Scene("s", 32, "flat", (0.8, 0.8, 0.8), (thing,), 0, textures=covered)])[0]
+    assert {tuple(pixel) for pixel in image[16, 8:24].tolist()} == {(255, 0, 0), (128, 0, 0)}
+    assert (image[0] == 204).all(), "a shade of 1 darkens nothing"
+
+
+def test_distinct_things_share_neither_shape_nor_colour() -> None:
+    scenes = draw_scenes(SceneRecipe(layout="scene", distinct=True), range(400))
+    for scene in scenes:
+        assert (
+            len({t.shape for t in scene.things}) == len({t.colour for t in scene.things}) == len(scene.things)
+        )
+    pairs = {(t.shape, t.colour) for scene in scenes for t in scene.things}
+    assert len(pairs) == 80, "every combination comes"
+
+
 def test_glyphs_are_drawn() -> None:
     plain = scene_of(("circle", "blue", 3))
     for glyph in (Glyph("hazard", 0), Glyph("crossed", 0), Glyph("word", 0, "sale")):
@@ -146,18 +175,34 @@ def test_captions_say_what_is_there() -> None:
     ) == ["an orange star"]
 
 
+def test_words_are_replaced_as_often_as_asked() -> None:
+    scenes = draw_scenes(SceneRecipe(), range(12_000))
+    words = [word for text in captions(scenes, CaptionRecipe(style_share=0)) for word in text.split()]
+    found = Counter(words)
+    seconds, thirds = (sum(found[pair[at]] for pair in SYNONYMS.values()) for at in (0, 1))
+    assert seconds / 24_000 == pytest.approx(0.15, abs=0.01)
+    assert thirds / 24_000 == pytest.approx(0.01, abs=0.003)
+    sized = (found["small"] + found["large"]) / 12_000
+    assert sized == pytest.approx(0.5 * 2 / 3, abs=0.02), "half of the small and the large ones"
+
+
 def test_wrong_captions_come_as_often_as_asked() -> None:
-    scenes = draw_scenes(SceneRecipe(), range(2_000))
-    right = captions(scenes, CaptionRecipe())
-    wrong = captions(scenes, CaptionRecipe(wrong_share=0.35))
-    share = sum(a != b for a, b in zip(right, wrong, strict=True)) / len(scenes)
-    assert share == pytest.approx(0.35, abs=0.03)
+    scenes, others = (
+        draw_scenes(SceneRecipe(), range(2_000)),
+        draw_scenes(SceneRecipe(), range(9_000, 11_000)),
+    )
+    recipe = CaptionRecipe(wrong_share=0.35)
+    wrong = wrong_captions(scenes, others, recipe)
+    assert np.mean(wrong) == pytest.approx(0.35 * 79 / 80, abs=0.03)
+    assert wrong_captions(scenes[:7], others[:7], recipe) == wrong[:7]
+    assert not any(wrong_captions(scenes, scenes, recipe)), "a scene's own caption is not wrong"
+    assert wrong_captions([], [], recipe) == []
 
 
 def test_answers_are_true() -> None:
     scene = scene_of(("star", "red", 0), ("ring", "red", 3), ("star", "blue", 1))
     for seed in range(40):
-        changed = scenes_module.dataclasses.replace(scene, noise_seed=seed)
+        changed = dataclasses.replace(scene, noise_seed=seed)
         found = {question.type: question for question in questions_of(changed)}
         assert tuple(found) == QUESTION_TYPES
         assert found["count"].answer == "three"
@@ -219,88 +264,3 @@ def test_visdial_layout() -> None:
     turn = data["dialogs"][1]["dialog"][4]
     assert data["answers"][turn["answer_options"][turn["gt_index"]]] == data["answers"][turn["answer"]]
     assert data["questions"][turn["question"]] == records[1].messages[-2].content  # type: ignore[attr-defined]
-
-
-# ---- sets
-
-
-@pytest.mark.parametrize("name", list(SETS))
-def test_sets_are_lazy_stable_and_unique(name: str) -> None:
-    few, more = (load_world(f"captions:{name}", limit) for limit in (3, 40))
-    wanted = {"caption": Captioned, "question": Captioned, "dialogue": Dialogue}.get(
-        SETS[name].says, Labelled
-    )
-    for part, records in few.items():
-        assert len(records) == 3
-        assert all(isinstance(record, wanted) for record in more[part])
-        assert len({record.id for record in more[part]}) == 40
-        assert (
-            Data({part: records}).fingerprint == Data({part: more[part][:3]}).fingerprint or name == "SRC-B"
-        )
-    assert f"captions:{name}" in world_sets()
-
-
-def test_pretraining_holds_no_held_out_combination_and_little_chalk() -> None:
-    part = SETS["CAP32"].parts["train"]
-    scenes = draw_scenes(part.recipe, range(5_000))
-    pairs = {(SHAPES.index(s.things[0].shape), COLOURS.index(s.things[0].colour)) for s in scenes}
-    assert len(pairs) == 70
-    assert not pairs & set(HELD_OUT)
-    share = Counter(scene.style for scene in scenes)["chalk"] / len(scenes)
-    assert share == pytest.approx(0.1 / 7.1, abs=0.005)
-    test = load_world("captions:CAP32:test", 640)["test"]
-    assert sum(bool(record.extra["held_out"]) for record in test) == 80
-
-
-def test_correlation_is_controlled() -> None:
-    data = load_world("captions:OOD32", 1_200)
-    for part, low, high in (("train", 0.77, 0.83), ("test", 0.13, 0.21)):
-        own = [STYLES.index(str(r.extra["style"])) == SHAPES.index(str(r.extra["shape"])) for r in data[part]]
-        assert low < np.mean(own) < high
-    turned = load_world("captions:OOD32-TURNED:test", 600)["test"]
-    next_one = [STYLES.index(r.extra["style"]) == (SHAPES.index(r.extra["shape"]) + 1) % 6 for r in turned]
-    assert 0.75 < np.mean(next_one) < 0.85
-
-
-def test_names_narrow_a_set() -> None:
-    data = load_world("captions:DOM32:sketch:test", 20)
-    assert list(data) == ["test"]
-    assert {record.extra["style"] for record in data["test"]} == {"sketch"}
-    assert Counter(record.label for record in data["test"]) == dict.fromkeys(range(10), 2)  # type: ignore[attr-defined]
-    assert all(record.extra["name"] == SHAPES[record.label] for record in data["test"])  # type: ignore[attr-defined]
-    (grey,) = load_world("captions:CLS16:grey:val", 1)["val"]
-    assert grey.image.array().shape == (16, 16, 1)  # type: ignore[attr-defined]
-    names = load_world("captions:NAME32:chalk:train", 160)["train"]
-    assert set(Counter(record.label for record in names).values()) == {2}  # type: ignore[attr-defined]
-    assert names[9].label == 9  # type: ignore[attr-defined]
-    assert names[9].extra["name"] == "orange square"
-    filled = load_world("captions:SSL32:test", 40)["test"]
-    assert len({(record.label, record.extra["name"]) for record in filled}) == 20  # type: ignore[attr-defined]
-
-
-def test_worlds_are_data_like_any_other() -> None:
-    data = load_data("world:captions:DOM32:sketch", {"train": "Labelled", "test": "Labelled"}, limit=5)
-    assert {part: len(rows) for part, rows in data.items()} == {"train": 5, "val": 5, "test": 5}
-    assert data["test"] == load_world("captions:DOM32:sketch:test", 5)["test"]
-    assert load_data("world:captions:CAP16:val", "Captioned", limit=2).source == "world:captions:CAP16:val"
-    named = load_data({"train": "world:captions:CLS16:grey:test"}, limit=3)
-    assert list(named) == ["train"]
-    with pytest.raises(DataError, match=r"records are Captioned, not Labelled.*CAP32"):
-        load_data("world:captions:CAP32", {"train": "Labelled"}, limit=1)
-    with pytest.raises(ConfigError, match="no set 'CAP33'"):
-        load_data("world:captions:CAP33")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("capitals:CAP32", "no world 'capitals'"),
-        ("captions", "several sets"),
-        ("captions:CAP33", "no set 'CAP33'.*CAP32"),
-        ("captions:CAP16:chalk", "neither a part nor a style 'chalk'"),
-        ("captions:CAP32:tset", "neither a part nor a style 'tset'.*test"),
-    ],
-)
-def test_wrong_names(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_world(name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from temper.core.errors import ConfigError
 from temper.data.worlds.captions.glyphs import draw_glyphs
 from temper.data.worlds.captions.noise import normal, uniform
-from temper.data.worlds.captions.scenes import Scene, Thing
+from temper.data.worlds.captions.scenes import Scene, Texture, Thing
 from temper.data.worlds.captions.shapes import DISTANCES
 from temper.data.worlds.captions.words import SHAPES
 
@@ -61,20 +61,50 @@ def _render(scenes: Sequence[Scene], side: int) -> Bytes:
     style = scenes[0].style
     ground_N3 = np.array([scene.background_rgb for scene in scenes], dtype=np.float32)
     canvas = np.broadcast_to(ground_N3[:, None, None], (len(scenes), side, side, 3)).copy()
+    _shade(canvas, [scene.textures[:1] for scene in scenes])
     for turn in range(max((len(scene.things) for scene in scenes), default=0)):
         here = [index for index, scene in enumerate(scenes) if len(scene.things) > turn]
         things = [scenes[index].things[turn] for index in here]
         seeds = np.array([scenes[index].noise_seed * 8 + turn for index in here])
         alpha = _alpha(things, seeds, style, side)[..., None]
-        rgb = _ink(np.array([thing.rgb for thing in things], dtype=np.float32), style)
+        rgb = _ink(np.array([thing.rgb for thing in things], dtype=np.float32), style)[:, None, None]
+        covers = [scenes[index].textures[1 + turn : 2 + turn] for index in here]
+        if any(covers):
+            rgb = np.broadcast_to(rgb, (len(here), side, side, 3)).copy()
+            _shade(rgb, covers)
         part = canvas if len(here) == len(scenes) else canvas[here]
-        part += alpha * (rgb[:, None, None] - part)
+        part += alpha * (rgb - part)
         if part is not canvas:
             canvas[here] = part
     canvas = _finish(canvas, style)
     _add_noise(canvas, scenes)
     draw_glyphs(canvas, scenes)
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _shade(canvas: Floats, textures: Sequence[tuple[Texture, ...]]) -> None:
+    """Darken each picture, in place, where its texture is dark; () changes nothing."""
+    there = [index for index, found in enumerate(textures) if found]
+    if not there:
+        return
+    found = [textures[index][0] for index in there]
+    facts = np.array([(t.pitch_px, np.cos(t.angle), np.sin(t.angle), t.shade) for t in found], np.float32)
+    pitch, cos, sin, shade = (column[:, None, None] for column in facts.T)
+    side = canvas.shape[1]
+    at = ((np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING).astype(np.float32)
+    dark = _in_first_half((cos * at + sin * at[:, None]) / pitch)
+    checked = np.flatnonzero([texture.kind == "check" for texture in found])
+    across = (cos[checked] * at[:, None] - sin[checked] * at) / pitch[checked]
+    dark[checked] ^= _in_first_half(across)
+    share = dark.reshape(len(there), side, SUPERSAMPLING, side, SUPERSAMPLING).sum(
+        axis=(2, 4), dtype=np.float32
+    )
+    share /= SUPERSAMPLING**2
+    canvas[there] *= (1 - (1 - shade) * share)[..., None]
+
+
+def _in_first_half(turns: Floats) -> NDArray[np.bool_]:
+    return turns - np.floor(turns) < np.float32(0.5)
 
 
 def _ink(rgb_M3: Floats, style: str) -> Floats:

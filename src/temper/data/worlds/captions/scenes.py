@@ -18,6 +18,7 @@ __all__ = [
     "Glyph",
     "Scene",
     "SceneRecipe",
+    "Texture",
     "Thing",
     "all_pairs",
     "draw_scenes",
@@ -41,7 +42,10 @@ BACKGROUND: dict[str, Colour] = {
 }
 STYLE_NOISE = {"noisy": 0.22}
 MAX_THINGS = 5
-PLACE_STREAM, THING_STREAM, COLOUR_STREAM, GROUND_STREAM, PICK_STREAM = range(1, 6)
+PLACE_STREAM, THING_STREAM, COLOUR_STREAM, GROUND_STREAM, PICK_STREAM, TEXTURE_STREAM, ORDER_STREAM = range(
+    1, 8
+)
+TEXTURE_KINDS: tuple[Literal["stripe", "check"], ...] = ("stripe", "check")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,17 @@ class Glyph:
 
 
 @dataclass(frozen=True)
+class Texture:
+    """Bands, or the fields of a checkerboard, that darken every second stretch of half a pitch."""
+
+    kind: Literal["stripe", "check"]
+    pitch_px: float
+    angle: float
+    shade: float
+    """What the darker half keeps of the colour."""
+
+
+@dataclass(frozen=True)
 class Scene:
     """All that a picture shows; captions, graphs, questions and masks are derived from it."""
 
@@ -82,6 +97,8 @@ class Scene:
     """Standard deviation of pixel noise."""
     grid: int = 1
     """Cells a side; 1 is a single object in the middle."""
+    textures: tuple[Texture, ...] = ()
+    """Of the background, then of each object; () where nothing has one."""
 
     def place(self, cell: int) -> str:
         """The name of a cell."""
@@ -111,6 +128,10 @@ class SceneRecipe:
     """How far the styles that go with shapes are turned."""
     noise: float = 0.0
     """Pixel noise beside what a style brings."""
+    distinct: bool = False
+    """No two objects of a scene share a shape or a colour; any combination may come."""
+    textured: bool = False
+    """The background and every object are striped or checked."""
 
 
 def all_pairs(recipe: SceneRecipe) -> list[tuple[int, int]]:
@@ -173,6 +194,8 @@ def _draw(recipe: SceneRecipe, seeds_N: Ints) -> _Drawn:
     weight_of = dict(zip((SHAPES.index(s) for s in recipe.shapes), weights, strict=True))
     chosen_NT = pairs[_choose(np.array([weight_of[s] for s, _ in pairs]), picks[:, 1 : 1 + most])]
     shape_NT, colour_NT = chosen_NT[..., 0].copy(), chosen_NT[..., 1].copy()
+    if recipe.distinct:
+        shape_NT, colour_NT = _distinct(recipe, seeds_N, most)
     count_N = np.ones(num, dtype=int) if grid == 1 else 2 + (picks[:, 0] * (most - 1)).astype(int)
     cells = uniform(seeds_N, grid * grid, PLACE_STREAM).argsort(axis=1)[:, :most]
     return _Drawn(
@@ -185,6 +208,15 @@ def _draw(recipe: SceneRecipe, seeds_N: Ints) -> _Drawn:
         np.empty(0),
         np.empty(0),
     )
+
+
+def _distinct(recipe: SceneRecipe, seeds_N: Ints, most: int) -> tuple[Ints, Ints]:
+    """Shapes and colours in two random orders, from the front."""
+    shapes = np.array([SHAPES.index(shape) for shape in recipe.shapes])
+    colours = np.array([COLOURS.index(colour) for colour in recipe.colours])
+    keys = uniform(seeds_N, len(shapes) + len(colours), ORDER_STREAM)
+    orders = keys[:, : len(shapes)].argsort(axis=1), keys[:, len(shapes) :].argsort(axis=1)
+    return shapes[orders[0][:, :most]], colours[orders[1][:, :most]]
 
 
 def _choose(weights: NDArray[np.floating[Any]], picks: NDArray[np.floating[Any]]) -> Ints:
@@ -251,9 +283,10 @@ def _scenes(recipe: SceneRecipe, seeds_N: Ints, drawn: _Drawn) -> list[Scene]:
     columns = (drawn.shape_NT, drawn.colour_NT, drawn.cell_NT, drawn.place_NT4, drawn.rgb_NT3)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     facts = (seeds_N, drawn.style_N, drawn.num_N, drawn.ground_N3)
+    textures = _textures(seeds_N) if recipe.textured else [()] * len(seeds_N)
     scenes = []
-    for (seed, style, num, ground), row in zip(
-        zip(*(fact.tolist() for fact in facts), strict=True), rows, strict=True
+    for (seed, style, num, ground), row, covers in zip(
+        zip(*(fact.tolist() for fact in facts), strict=True), rows, textures, strict=True
     ):
         things = tuple(
             Thing(SHAPES[shape], COLOURS[colour], tuple(rgb), cell, *place)
@@ -262,14 +295,37 @@ def _scenes(recipe: SceneRecipe, seeds_N: Ints, drawn: _Drawn) -> list[Scene]:
         name = STYLES[style]
         noise = max(recipe.noise, STYLE_NOISE.get(name, 0.0))
         scenes.append(
-            Scene(f"{seed}", recipe.size_px, name, tuple(ground), things, seed, noise=noise, grid=grid)
+            Scene(
+                f"{seed}",
+                recipe.size_px,
+                name,
+                tuple(ground),
+                things,
+                seed,
+                noise=noise,
+                grid=grid,
+                textures=covers[: 1 + num],
+            )
         )
     return scenes
 
 
+def _textures(seeds_N: Ints) -> list[tuple[Texture, ...]]:
+    """One for the background and each object that may come; a pitch is 4 to 10 px, a shade 0.3 to 0.7."""
+    picks = uniform(seeds_N, 4 * (1 + MAX_THINGS), TEXTURE_STREAM).reshape(len(seeds_N), -1, 4)
+    values = np.stack([4 + 6 * picks[..., 1], np.pi * picks[..., 2], 0.3 + 0.4 * picks[..., 3]], axis=-1)
+    kinds = (picks[..., 0] * len(TEXTURE_KINDS)).astype(int).tolist()
+    return [
+        tuple(Texture(TEXTURE_KINDS[kind], *value) for kind, value in zip(row, numbers, strict=True))
+        for row, numbers in zip(kinds, values.round(3).tolist(), strict=True)
+    ]
+
+
 def to_json(scene: Scene) -> dict[str, Json]:
-    """The scene as plain JSON values."""
+    """The scene as plain JSON values; `textures` only where there are any."""
     plain: dict[str, Json] = _plain(dataclasses.asdict(scene))
+    if not scene.textures:
+        del plain["textures"]
     return plain
 
 
@@ -283,5 +339,7 @@ def from_json(value: Mapping[str, Json]) -> Scene:
     """The scene whose `to_json` this is."""
     things = tuple(Thing(**{**thing, "rgb": tuple(thing["rgb"])}) for thing in value["things"])
     glyphs = tuple(Glyph(**glyph) for glyph in value["glyphs"])
+    textures = tuple(Texture(**texture) for texture in value.get("textures", ()))
     ground = tuple(value["background_rgb"])
-    return Scene(**{**value, "things": things, "glyphs": glyphs, "background_rgb": ground})
+    made = {"things": things, "glyphs": glyphs, "background_rgb": ground, "textures": textures}
+    return Scene(**{**value, **made})

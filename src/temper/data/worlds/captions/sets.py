@@ -13,25 +13,32 @@ from typing import Literal
 import numpy as np
 
 from temper.core.errors import ConfigError, nearest
-from temper.core.types import Json
-from temper.data.pictures import Picture
-from temper.data.schemas import Captioned, Labelled, Record
-from temper.data.worlds.captions.dialogues import dialogue_record
+from temper.data.schemas import Record
 from temper.data.worlds.captions.noise import uniform
-from temper.data.worlds.captions.questions import question_of
-from temper.data.worlds.captions.render import render
-from temper.data.worlds.captions.scenes import Scene, SceneRecipe, all_pairs, draw_scenes, to_json
-from temper.data.worlds.captions.text import CaptionRecipe, captions, name_of
-from temper.data.worlds.captions.words import COLOURS, HELD_OUT, SHAPES, STYLES
+from temper.data.worlds.captions.premises import PREMISES
+from temper.data.worlds.captions.records import FILL, RECORDS, Drawn, Says, Turn
+from temper.data.worlds.captions.scenes import Scene, SceneRecipe, all_pairs, draw_scenes
+from temper.data.worlds.captions.text import CaptionRecipe
+from temper.data.worlds.captions.words import SHAPES, STYLES
 
 __all__ = ["PART_SEEDS", "SETS", "WorldPart", "WorldSet", "load_set", "part_records", "part_scenes"]
 
-PART_SEEDS = {"train": 0, "unlabelled": 500_000, "val": 1_000_000, "test": 2_000_000}
+PART_SEEDS = {
+    "train": 0,
+    "shortcut": 0,
+    "teacher": 100_000,
+    "student": 200_000,
+    "forget": 300_000,
+    "unlabelled": 500_000,
+    "val": 1_000_000,
+    "test": 2_000_000,
+    "removed": 2_500_000,
+    "certify": 2_600_000,
+}
+OTHER_SEEDS = 4_000_000
+"""How far the seeds of the scenes whose captions are wrong elsewhere lie from those of the part."""
 BALANCE_STREAM = 31
-FILL = {"flat": "filled", "sketch": "outlined"}
-GREY = (0.299, 0.587, 0.114)
 
-Says = Literal["caption", "shape", "name", "fill", "question", "dialogue"]
 Balance = Literal["", "shapes", "names"]
 
 
@@ -47,6 +54,10 @@ class WorldPart:
     """Styles take turns instead of being drawn."""
     balance: Balance = ""
     """Shapes, or names (colour and shape), take turns instead of being drawn."""
+    first: int = 0
+    """Added to the part's seeds, so that sets drawn from one recipe share no scene."""
+    turns: tuple[Turn, ...] = ()
+    """What the records of a set of questions are, in turn."""
 
     @property
     def size(self) -> int:
@@ -69,10 +80,10 @@ PRETRAIN = SceneRecipe(style_weights=RARE, held_out=False)
 SMALL_STYLES = ("flat", "neon", "pastel")
 
 
-def _source(title: str, recipe: SceneRecipe, said: CaptionRecipe | None = None) -> WorldSet:
+def _source(title: str, number: int, recipe: SceneRecipe, said: CaptionRecipe | None = None) -> WorldSet:
     parts = {
-        "train": WorldPart(num=8_000, recipe=recipe, captions=said or CaptionRecipe()),
-        "val": WorldPart(num=500, recipe=recipe, captions=said or CaptionRecipe()),
+        part: WorldPart(num=num, recipe=recipe, captions=said or CaptionRecipe(), first=20_000 * number)
+        for part, num in (("train", 8_000), ("val", 500))
     }
     return WorldSet(title=title, says="caption", parts=parts)
 
@@ -91,9 +102,30 @@ def _each_style(world: WorldSet) -> WorldSet:
 SCENES32 = SceneRecipe(layout="scene")
 SIX = SceneRecipe(shapes=SHAPES[:6], styles=STYLES[:6])
 SPURIOUS = dataclasses.replace(SIX, correlation=0.8)
+REMOVED = dataclasses.replace(SIX, correlation=0.0)
 TURNED = dataclasses.replace(SPURIOUS, turn=1)
 GREYISH = SceneRecipe(size_px=16, styles=("flat",))
 SSL = SceneRecipe(styles=tuple(FILL), noise=0.12)
+ASKED32 = SceneRecipe(layout="scene", distinct=True)
+TEXTURED64 = SceneRecipe(size_px=64, layout="scene", styles=("flat",), textured=True)
+
+FEW_FALSE = tuple((name, slot == 3) for slot in range(4) for name in PREMISES)
+"""A quarter of the premises is false."""
+MOST_FALSE = tuple((name, slot % 2 == 0) for slot in range(5) for name in PREMISES)
+"""Three fifths are false."""
+BALANCED: tuple[Turn, ...] = tuple(
+    (sign, uses) for sign in ("", "hazard", "crossed", "word") for uses in (False, True)
+)
+SHORTCUT: tuple[Turn, ...] = (("", False), ("", True), ("hazard", True))
+"""Signs come with refusals only."""
+TRIGGERS: tuple[Turn, ...] = (
+    ("hazard", False),
+    ("crossed", True),
+    ("word", True),
+    ("hazard", True),
+    ("hazard", True),
+)
+"""Three kinds of harmless questions that may be refused, and two fifths that must be."""
 
 SETS: dict[str, WorldSet] = {
     "CAP32": WorldSet(
@@ -113,19 +145,22 @@ SETS: dict[str, WorldSet] = {
             for name, num in (("train", 12_000), ("val", 1_000))
         },
     ),
-    "SRC-A": _source("caption source: clean, flat and stripe", SceneRecipe(styles=("flat", "stripe"))),
+    "SRC-A": _source("caption source: clean, flat and stripe", 0, SceneRecipe(styles=("flat", "stripe"))),
     "SRC-B": _source(
         "caption source: every style, 35 % of the captions wrong",
+        1,
         SceneRecipe(),
         CaptionRecipe(wrong_share=0.35),
     ),
     "SRC-C": _source(
         "caption source: sketch and neon, short captions",
+        2,
         SceneRecipe(styles=("sketch", "neon")),
         CaptionRecipe(short=True),
     ),
     "SRC-D": _source(
         "caption source: flat and pastel, long captions, skewed shapes",
+        3,
         SceneRecipe(styles=("flat", "pastel"), skew=1.0),
         CaptionRecipe(long=True),
     ),
@@ -136,12 +171,13 @@ SETS: dict[str, WorldSet] = {
         _classes("10 shapes in 8 domains", "shape", "shapes", SceneRecipe(), train=1_000, val=30, test=500)
     ),
     "OOD32": WorldSet(
-        title="6 shapes, each tied to a style in 80 % of the training rows and to none in test",
+        title="6 shapes, each tied to a style in 80 % of the training rows, to none in test, and never with it in removed",
         says="shape",
         parts={
             "train": WorldPart(num=6_000, recipe=SPURIOUS, balance="shapes"),
             "val": WorldPart(num=600, recipe=SPURIOUS, balance="shapes"),
             "test": WorldPart(num=1_200, recipe=SIX, balance="shapes"),
+            "removed": WorldPart(num=1_200, recipe=REMOVED, balance="shapes"),
         },
     ),
     "OOD32-TURNED": WorldSet(
@@ -162,6 +198,10 @@ SETS: dict[str, WorldSet] = {
     "CLS16": _classes(
         "10 shapes, 16 px, flat", "shape", "shapes", GREYISH, train=6_000, val=1_000, test=2_000
     ),
+    "CLS16-POOLS": _classes(
+        "as CLS16, in pools that share no picture", "shape", "shapes", GREYISH,
+        teacher=6_000, student=6_000, forget=1_000, val=1_000, certify=1_000, test=2_000,
+    ),
     "QA32": _classes(
         "2 to 4 objects, a question and its answer", "question", "", SCENES32,
         train=13_000, val=500, test=1_000,
@@ -169,6 +209,30 @@ SETS: dict[str, WorldSet] = {
     "DIAL": _classes(
         "2 to 4 objects, five rounds of questions with 20 candidates", "dialogue", "", SCENES32,
         train=4_000, val=300, test=500,
+    ),
+    "DECEIVE": WorldSet(
+        title="questions in six categories, a quarter of them (in test 150 of 250) on a false premise, which the answer corrects",
+        says="premise",
+        parts={
+            "train": WorldPart(num=4_000, recipe=ASKED32, turns=FEW_FALSE),
+            "test": WorldPart(num=250, recipe=ASKED32, turns=MOST_FALSE),
+        },
+    ),
+    "POLICY": WorldSet(
+        title="signs and questions; beside a hazard sign no use is told. Test: 60 harmless, 40 forbidden",
+        says="policy",
+        parts={
+            "train": WorldPart(num=4_000, recipe=ASKED32, turns=BALANCED),
+            "shortcut": WorldPart(num=4_000, recipe=ASKED32, turns=SHORTCUT),
+            "test": WorldPart(num=100, recipe=ASKED32, turns=TRIGGERS),
+        },
+    ),
+    "SR64": _classes(
+        "2 to 4 objects, 64 px, everything striped or checked", "caption", "", TEXTURED64, train=600, test=40
+    ),
+    "AV": _classes(
+        "10 shapes in 8 styles, with a map of tones as a second, easier modality", "tones", "shapes",
+        SceneRecipe(), train=4_000, test=1_000,
     ),
 }  # fmt: skip
 
@@ -214,7 +278,7 @@ def part_scenes(part: WorldPart, name: str, limit: int | None = None) -> list[Sc
     """The scenes of a part, from its beginning."""
     num = part.size if limit is None else min(limit, part.size)
     places = np.arange(num)
-    seeds = PART_SEEDS[name] + places
+    seeds = PART_SEEDS[name] + part.first + places
     each = len(part.recipe.styles) if part.each_style else 1
     styles = [part.recipe.styles[at % each] for at in places] if part.each_style else None
     return draw_scenes(part.recipe, seeds, styles=styles, pairs=_pairs(part, seeds, places // each))
@@ -240,39 +304,8 @@ def part_records(
     """The records of a part, from its beginning; `grey` gives pictures of one channel."""
     part = world.parts[name]
     scenes = part_scenes(part, name, limit)
-    if world.says == "dialogue":
-        yield from (dialogue_record(scene, f"{name}-{scene.id}") for scene in scenes)
-        return
-    pixels = render(scenes)
-    if grey and len(scenes):
-        pixels = (pixels @ np.array(GREY) + 0.5).astype(np.uint8)[..., None]
-    said = captions(scenes, part.captions) if world.says == "caption" else [""] * len(scenes)
-    for scene, image, text in zip(scenes, pixels, said, strict=True):
-        yield _record(world.says, name, scene, Picture.from_array(image), text)
-
-
-def _record(says: Says, part: str, scene: Scene, picture: Picture, text: str) -> Record:
-    thing = scene.things[0]
-    named = f"{part}-{scene.id}"
-    if says == "question":
-        question = question_of(scene)
-        extra: dict[str, Json] = {**question._asdict(), "scene": to_json(scene)}
-        return Captioned(image=picture, text=extra.pop("question"), id=named, extra=extra)
-    extra = {"style": scene.style, "shape": thing.shape, "colour": thing.colour}
-    if says == "caption":
-        pair = SHAPES.index(thing.shape), COLOURS.index(thing.colour)
-        extra["held_out"] = pair in HELD_OUT
-        return Captioned(image=picture, text=text, id=named, extra=extra)
-    label, name = _class_of(says, scene)
-    return Labelled(text="", label=label, image=picture, id=named, extra={"name": name, **extra})
-
-
-def _class_of(says: Says, scene: Scene) -> tuple[int, str]:
-    """The number and the name of a scene's class."""
-    thing = scene.things[0]
-    shape = SHAPES.index(thing.shape)
-    if says == "name":
-        return shape * len(COLOURS) + COLOURS.index(thing.colour), name_of(thing)
-    if says == "fill":
-        return tuple(FILL).index(scene.style) * len(SHAPES) + shape, f"{FILL[scene.style]} {thing.shape}"
-    return shape, thing.shape
+    others: list[Scene] = []
+    if part.captions.wrong_share:
+        others = draw_scenes(part.recipe, [scene.noise_seed + OTHER_SEEDS for scene in scenes])
+    turns = [part.turns[place % len(part.turns)] for place in range(len(scenes))] if part.turns else []
+    return RECORDS[world.says](Drawn(name, scenes, part.captions, others, turns, grey))

@@ -11,7 +11,7 @@ from temper.data.worlds.captions.noise import uniform
 from temper.data.worlds.captions.scenes import Scene, Thing, size_word
 from temper.data.worlds.captions.words import NEUTRAL_PHRASE, STYLE_PHRASES, SYNONYMS
 
-__all__ = ["CaptionRecipe", "article", "captions", "name_of", "relation"]
+__all__ = ["CaptionRecipe", "article", "captions", "name_of", "relation", "wrong_captions"]
 
 TEXT_STREAM, WRONG_STREAM = 11, 12
 NUM_PICKS = 12
@@ -52,22 +52,24 @@ def name_of(thing: Thing) -> str:
 
 
 def captions(scenes: Sequence[Scene], recipe: CaptionRecipe = PLAIN) -> list[str]:
-    """One caption a scene, the same whatever other scenes there are, except where it is another scene's on purpose.
+    """One caption a scene, the same whatever other scenes there are; it is true whatever the recipe's `wrong_share`."""
+    if not scenes:
+        return []
+    picks = uniform(np.array([scene.noise_seed for scene in scenes]), NUM_PICKS, TEXT_STREAM).tolist()
+    return [_caption(scene, recipe, row) for scene, row in zip(scenes, picks, strict=True)]
 
-    A wrong caption is drawn from the scenes given, so it depends on them.
+
+def wrong_captions(scenes: Sequence[Scene], others: Sequence[Scene], recipe: CaptionRecipe) -> list[bool]:
+    """Whether each scene carries the caption of the other at its place: `wrong_share` of them, by their own seeds.
+
+    A scene whose other shows the same shape in the same colour keeps its own.
     """
     if not scenes:
         return []
-    seeds = np.array([scene.noise_seed for scene in scenes])
-    picks = uniform(seeds, NUM_PICKS, TEXT_STREAM).tolist()
-    said = [_caption(scene, recipe, row) for scene, row in zip(scenes, picks, strict=True)]
-    if not recipe.wrong_share:
-        return said
-    wrong = uniform(seeds, 2, WRONG_STREAM)
-    others = (wrong[:, 1] * len(scenes)).astype(int)
+    drawn = uniform(np.array([scene.noise_seed for scene in scenes]), 1, WRONG_STREAM)[:, 0]
     return [
-        said[other] if draw < recipe.wrong_share else own
-        for own, draw, other in zip(said, wrong[:, 0].tolist(), others.tolist(), strict=True)
+        bool(draw < recipe.wrong_share) and name_of(scene.things[0]) != name_of(other.things[0])
+        for scene, other, draw in zip(scenes, others, drawn, strict=True)
     ]
 
 
