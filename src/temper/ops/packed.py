@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,9 @@ __all__ = ["Layout", "Line", "PackedAttention", "Segment", "can_pack", "pack", "
 
 NAME = "temper_packed"
 BLOCK = 128
-"""Queries of one product: a block sees the keys up to its own end, so half of the square is never computed."""
+"""Queries of one block: it sees the keys up to its own end, so half of the square is never computed."""
+CALLS = 8192
+"""Scores a head that take as long as the calls of one product: blocks go side by side while padding adds fewer."""
 
 
 class Segment(NamedTuple):
@@ -159,7 +161,7 @@ def _by_torch(
 
 
 class PackedAttention(torch.autograd.Function):
-    """Causal attention within segments, in blocks of plain products; equals `_by_torch` up to rounding.
+    """Causal attention within segments, in few plain products; equals `_by_torch` up to rounding.
 
     On a CPU the flash kernel's two passes cost two to three times as much for rows of a few hundred tokens.
     Scores and softmax are float32; probabilities are kept in the inputs' dtype for the backward pass.
@@ -169,92 +171,160 @@ class PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_HSD: Tensor, k_JSD: Tensor, v_JSD: Tensor, layout: Layout, scale: float
     ) -> Tensor:
-        num_groups = len(k_JSD)
+        num_groups, dtype = len(k_JSD), _score_dtype(k_JSD)
         out_SHD = q_HSD.new_empty(q_HSD.shape[1], q_HSD.shape[0], v_JSD.shape[-1])
-        probs = []
-        for segment in layout:
-            keys, values = _seen(k_JSD, segment), _seen(v_JSD, segment)
-            exact = keys.to(_score_dtype(keys)).transpose(1, 2)
-            for block in _blocks(segment):
-                queries = _grouped(q_HSD[:, block.start : block.stop], num_groups)
-                scores = torch.bmm(queries.to(exact.dtype), exact[:, :, : block.num_keys]).mul_(scale)
-                size = block.stop - block.start
-                square = scores.view(num_groups, -1, size, block.num_keys)[..., block.num_keys - size :]
-                square.add_(_causal(size, scores.dtype))
-                prob = torch.softmax(scores, -1).to(keys.dtype)
-                out = torch.bmm(prob, values[:, : block.num_keys])
-                out_SHD[block.start : block.stop] = out.view(-1, size, out.shape[-1]).transpose(0, 1)
-                probs.append(prob)
-        ctx.save_for_backward(q_HSD, k_JSD, v_JSD, *probs)
-        ctx.layout, ctx.scale = layout, scale
+        kept = []
+        for bundle in _bundles(layout, q_HSD.device):
+            queries, keys, values = (
+                bundle.of_queries(q_HSD, num_groups),
+                bundle.of_keys(k_JSD),
+                bundle.of_keys(v_JSD),
+            )
+            scores = torch.bmm(queries.to(dtype), keys.to(dtype).transpose(1, 2)).mul_(scale)
+            bundle.hide(scores)
+            prob = torch.softmax(scores, -1).to(keys.dtype)
+            out_SHD.index_copy_(0, bundle.real_N, bundle.by_token(torch.bmm(prob, values)))
+            kept += [queries, keys, values, prob]
+        ctx.save_for_backward(*kept)
+        ctx.layout, ctx.scale, ctx.shapes = layout, scale, (q_HSD.shape, k_JSD.shape, v_JSD.shape)
         return out_SHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_HSD, k_JSD, v_JSD, *probs = ctx.saved_tensors
-        num_groups, kept = len(k_JSD), iter(probs)
-        q_grad = torch.empty_like(q_HSD)
-        k_grad = torch.zeros_like(k_JSD, dtype=_score_dtype(k_JSD))
-        v_grad = torch.zeros_like(v_JSD, dtype=_score_dtype(v_JSD))
-        for segment in ctx.layout:
-            keys, values = _seen(k_JSD, segment), _seen(v_JSD, segment)
-            k_part, v_part = (torch.zeros_like(t, dtype=k_grad.dtype) for t in (keys, values))
-            for block in _blocks(segment):
-                prob, span = next(kept), slice(block.start, block.stop)
-                queries = _grouped(q_HSD[:, span], num_groups)
-                grad = _grouped(grad_SHD[span].transpose(0, 1), num_groups)
-                slope = torch.bmm(grad, values[:, : block.num_keys].transpose(1, 2))
-                slope = torch._softmax_backward_data(slope, prob, -1, prob.dtype).mul_(ctx.scale)
-                back = torch.bmm(slope, keys[:, : block.num_keys])
-                q_grad[:, span] = back.view(len(q_HSD), -1, back.shape[-1])
-                k_part[:, : block.num_keys] += torch.bmm(slope.transpose(1, 2), queries)
-                v_part[:, : block.num_keys] += torch.bmm(prob.transpose(1, 2), grad)
-            _give_back(k_grad, k_part, segment)
-            _give_back(v_grad, v_part, segment)
-        return q_grad, k_grad.to(k_JSD.dtype), v_grad.to(v_JSD.dtype), None, None
+        kept, (q_shape, *shapes), dtype = iter(ctx.saved_tensors), ctx.shapes, grad_SHD.dtype
+        q_grad_SHD = grad_SHD.new_empty(q_shape[1], q_shape[0], q_shape[2])
+        k_grad, v_grad = (grad_SHD.new_zeros(shape, dtype=_score_dtype(grad_SHD)) for shape in shapes)
+        for bundle in _bundles(ctx.layout, grad_SHD.device):
+            queries, keys, values, prob = (next(kept) for _ in range(4))
+            grad = bundle.by_query(grad_SHD, len(k_grad))
+            slope = torch.bmm(grad, values.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, prob, -1, prob.dtype).mul_(ctx.scale)
+            q_grad_SHD.index_copy_(0, bundle.real_N, bundle.by_token(torch.bmm(slope, keys)))
+            bundle.add_keys(k_grad, torch.bmm(slope.transpose(1, 2), queries))
+            bundle.add_keys(v_grad, torch.bmm(prob.transpose(1, 2), grad))
+        return q_grad_SHD.transpose(0, 1), k_grad.to(dtype), v_grad.to(dtype), None, None
 
 
 class _Block(NamedTuple):
+    """Queries `start` to `stop`, which see the span `before` and the line from `first` up to themselves."""
+
     start: int
     stop: int
-    num_keys: int
+    first: int
+    before: tuple[int, int]
+
+    @property
+    def num_queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.before[1] - self.before[0] + self.stop - self.first
 
 
-def _blocks(segment: Segment) -> Iterator[_Block]:
-    """The segment's queries, `BLOCK` at a time, and how many of the keys it sees each block needs."""
-    shared = segment.before[1] - segment.before[0]
-    for start in range(segment.start, segment.stop, BLOCK):
-        stop = min(start + BLOCK, segment.stop)
-        yield _Block(start, stop, shared + stop - segment.start)
+class _Bundle(NamedTuple):
+    """Blocks side by side in one product, padded: R blocks of T queries and K keys; N queries are real.
+
+    Padding points at the line's first token. What it gives is dropped and what it gets is nothing.
+    """
+
+    query_RT: Tensor
+    key_RK: Tensor
+    hidden_RTK: Tensor
+    """0 where a query sees a key, minus infinity elsewhere; a query of padding sees something too."""
+    place_N: Tensor
+    """Places in R x T of the real queries."""
+    real_N: Tensor
+    """Places of the same in the line."""
+
+    def of_queries(self, line_HSD: Tensor, num_groups: int) -> Tensor:
+        """The query heads of a key head under one another, (R x J, H/J x T, D)."""
+        num_blocks, size = self.query_RT.shape
+        rows = line_HSD.index_select(1, self.query_RT.flatten())
+        rows = rows.view(num_groups, -1, num_blocks, size, rows.shape[-1]).permute(2, 0, 1, 3, 4)
+        return rows.reshape(num_blocks * num_groups, -1, rows.shape[-1])
+
+    def of_keys(self, line_JSD: Tensor) -> Tensor:
+        """Keys or values, (R x J, K, D)."""
+        num_blocks, size = self.key_RK.shape
+        rows = line_JSD.index_select(1, self.key_RK.flatten()).view(len(line_JSD), num_blocks, size, -1)
+        return rows.transpose(0, 1).reshape(-1, size, rows.shape[-1])
+
+    def hide(self, scores: Tensor) -> None:
+        """Take out, in place, what a query does not see."""
+        num_blocks, size, num_keys = self.hidden_RTK.shape
+        scores.view(num_blocks, -1, size, num_keys).add_(self.hidden_RTK[:, None])
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """From the shape of `of_queries` to the real queries' (N, H, D)."""
+        num_blocks, size = self.query_RT.shape
+        rows = rows.view(num_blocks, -1, size, rows.shape[-1]).transpose(1, 2)
+        return rows.reshape(num_blocks * size, -1, rows.shape[-1]).index_select(0, self.place_N)
+
+    def by_query(self, line_SHD: Tensor, num_groups: int) -> Tensor:
+        """The inverse of `by_token`, zero for padding."""
+        num_blocks, size = self.query_RT.shape
+        rows = line_SHD.new_zeros(num_blocks * size, *line_SHD.shape[1:])
+        rows.index_copy_(0, self.place_N, line_SHD.index_select(0, self.real_N))
+        rows = rows.view(num_blocks, size, num_groups, -1, rows.shape[-1]).permute(0, 2, 3, 1, 4)
+        return rows.reshape(num_blocks * num_groups, -1, rows.shape[-1])
+
+    def add_keys(self, total_JSD: Tensor, rows: Tensor) -> None:
+        """Add what keys or values get back, where they came from."""
+        num_blocks, size = self.key_RK.shape
+        rows = (
+            rows.view(num_blocks, -1, size, rows.shape[-1])
+            .transpose(0, 1)
+            .reshape(len(total_JSD), -1, rows.shape[-1])
+        )
+        total_JSD.index_add_(1, self.key_RK.flatten(), rows.to(total_JSD.dtype))
 
 
-def _seen(line_JSD: Tensor, segment: Segment) -> Tensor:
-    """The keys or values that the segment sees, in one piece."""
-    own, (first, last) = line_JSD[:, segment.start : segment.stop], segment.before
-    return torch.cat([line_JSD[:, first:last], own], 1) if last > first else own.contiguous()
+@lru_cache(maxsize=32)
+def _bundles(layout: Layout, device: torch.device) -> tuple[_Bundle, ...]:
+    """The layout's blocks, those of about one size together; every layer of a pass asks for the same."""
+    blocks = [
+        _Block(start, min(start + BLOCK, segment.stop), segment.start, segment.before)
+        for segment in layout
+        for start in range(segment.start, segment.stop, BLOCK)
+    ]
+    together: list[list[_Block]] = []
+    for block in sorted(blocks, key=lambda block: (block.num_keys, block.num_queries)):
+        if together and _cost([*together[-1], block]) <= _cost(together[-1]) + _cost([block]):
+            together[-1].append(block)
+        else:
+            together.append([block])
+    return tuple(_bundle(group, device) for group in together)
 
 
-def _give_back(total_JSD: Tensor, part: Tensor, segment: Segment) -> None:
-    """Add a segment's gradient where its keys or values came from."""
-    first, last = segment.before
-    total_JSD[:, first:last] += part[:, : last - first]
-    total_JSD[:, segment.start : segment.stop] += part[:, last - first :]
+def _cost(blocks: Sequence[_Block]) -> int:
+    """What one padded product of the blocks costs, in scores."""
+    size, num_keys = max(block.num_queries for block in blocks), max(block.num_keys for block in blocks)
+    return CALLS + len(blocks) * size * num_keys
 
 
-def _grouped(part_HTD: Tensor, num_groups: int) -> Tensor:
-    """The query heads of a key head under one another, (J, H/J x T, D)."""
-    return part_HTD.reshape(num_groups, -1, part_HTD.shape[-1])
+def _bundle(blocks: Sequence[_Block], device: torch.device) -> _Bundle:
+    size, num_keys = max(block.num_queries for block in blocks), max(block.num_keys for block in blocks)
+    queries, keys = (
+        torch.zeros(len(blocks), size, dtype=torch.long),
+        torch.zeros(len(blocks), num_keys, dtype=torch.long),
+    )
+    own = torch.tensor([block.num_keys - block.num_queries for block in blocks])
+    for row, block in enumerate(blocks):
+        queries[row, : block.num_queries] = torch.arange(block.start, block.stop)
+        seen = [torch.arange(*block.before), torch.arange(block.first, block.stop)]
+        keys[row, : block.num_keys] = torch.cat(seen)
+    last_RT = own[:, None] + torch.arange(size)
+    hidden = torch.zeros(len(blocks), size, num_keys).masked_fill_(
+        torch.arange(num_keys) > last_RT[..., None], -math.inf
+    )
+    places = torch.cat([row * size + torch.arange(block.num_queries) for row, block in enumerate(blocks)])
+    return _Bundle(*(t.to(device) for t in (queries, keys, hidden, places, queries.flatten()[places])))
 
 
 def _score_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-@cache
-def _causal(size: int, dtype: torch.dtype) -> Tensor:
-    """Minus infinity above the diagonal."""
-    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
 def _probe(model: nn.Module) -> bool:
