@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sample_run import GROUPS, write_sample
 
 from temper.core.errors import ConfigError, StoreError
+from temper.report.folder import read_run
 from temper.report.page import render_report, write_report
+from temper.report.pictures import grids
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}$x_1$"
 
@@ -128,6 +130,24 @@ def test_pictures_stand_in_the_page_itself(tmp_path):
 def test_nothing_but_a_png_is_a_picture(tmp_path, content):
     with pytest.raises(StoreError, match="no PNG"):
         render_report(with_picture(tmp_path, content))
+
+
+def test_strips_of_arms_stand_side_by_side(tmp_path):
+    folder = write_sample(tmp_path, arms=("before", "after"), seeds=(0, 1))
+    content = base64.b64encode(b"\x89PNG\r\n\x1a\nrest").decode()
+    record = json.loads((folder / "run.json").read_text())
+    for cell in record["cells"]:
+        strips = {"star": {"png": content}} | ({"ring": {"png": content}} if cell["arm"] == "after" else {})
+        place = folder / "steps" / next(iter(cell["steps"].values()))
+        (place / "figures.json").write_text(json.dumps({"grids": {"Drawn": strips}}))
+    found = grids(read_run(folder).steps)
+    uri = "data:image/png;base64," + content
+    assert found == [("Drawn (seed 0)", ["before", "after"], [("star", [uri, uri]), ("ring", ["", uri])])], (
+        "one seed, so that a column differs from the next by its arm alone"
+    )
+    html = render_report(folder)
+    assert [v for k, v in read(html).attributes if k == "src"] == [uri] * 3
+    assert 'alt="ring, after"' in html
 
 
 def test_what_attacks_wrote_is_folded(page):

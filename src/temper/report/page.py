@@ -6,9 +6,8 @@ file is escaped, and what an attack wrote or provoked stays folded until asked f
 
 from __future__ import annotations
 
-import base64
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +16,13 @@ from temper.core.types import Json
 from temper.report import figures
 from temper.report.against import attack_curves, attack_maps, is_attacked
 from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
+from temper.report.pictures import drawings, grids
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
 
-__all__ = ["Drawing", "Setting", "render_report", "write_report"]
+__all__ = ["Setting", "render_report", "write_report"]
 
 HERE = Path(__file__).parent
 MAX_THRESHOLD_FIGURES = 4
-MAX_DRAWINGS = 24
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class Drawing(NamedTuple):
-    """A picture that a step left: its title, and the picture as a data URI."""
-
-    title: str
-    uri: str
 
 
 class Setting(NamedTuple):
@@ -101,7 +92,8 @@ def _context(view: RunView) -> dict[str, Any]:
             if maps
         ],
         "figures": _figures(view),
-        "drawings": list(_drawings(view))[:MAX_DRAWINGS],
+        "drawings": drawings(view.steps),
+        "grids": grids(view.steps),
         "examples": examples,
         "attempts": list(zip(view.attempts, view.attempt_arms, strict=True))[:MAX_ATTEMPTS],
         "num_attempts": view.num_attempts,
@@ -176,23 +168,6 @@ def _curves(step: CellStep, is_shared: bool) -> dict[str, Any]:
     """Those of a step's own curves that all arms share a picture for, or the others."""
     curves = step.figures.get("curves", {})
     return {title: curve for title, curve in curves.items() if bool(curve.get("shared")) == is_shared}
-
-
-def _drawings(view: RunView) -> Iterator[Drawing]:
-    """Pictures that steps left; nothing but a PNG in base64 gets onto the page."""
-    for step in view.steps:
-        for title, drawn in step.figures.get("pictures", {}).items():
-            try:
-                content = base64.b64decode(drawn["png"], validate=True)
-            except (KeyError, TypeError, ValueError):
-                content = b""
-            if not content.startswith(PNG):
-                raise StoreError(
-                    f"The picture {title!r} is no PNG in base64", where=step.label, cure="Run the step again."
-                )
-            yield Drawing(
-                f"{title} ({step.label})", "data:image/png;base64," + base64.b64encode(content).decode()
-            )
 
 
 def _name(step: CellStep, name: str) -> str:

@@ -28,6 +28,7 @@ from temper.systems.noise import level
 __all__ = ["OneStep", "build_steer", "estimate", "fit", "measure", "problem_of"]
 
 SLUG = "sfd"
+GRID = "What is drawn when asked for each, from the same noise"
 TOY_STEP_S = 5e-3
 """Seconds of a term of a step of the toy."""
 
@@ -207,8 +208,8 @@ def measure(system: Diffusion, data: Data, config: Config, run: Run) -> Iterator
         real = [picture for picture, is_out in zip(drawn, wanted.forgotten_N, strict=True) if not is_out]
     if real:
         yield from quality.distance_rows(detector, pictures, real, wanted)
-    title = f"Drawings by {wanted.names[wanted.forget]} (first line) and the others"
-    _write_figures(run, {"pictures": {title: _picture(quality.grid(pictures, wanted).png())}})
+    shown = quality.strips(pictures, wanted)
+    _write_figures(run, {"grids": {GRID: {name: _picture(strip.png()) for name, strip in shown.items()}}})
 
 
 def estimate(system_facts: Mapping[str, Any], data: Data | None, config: Config) -> dict[str, float]:

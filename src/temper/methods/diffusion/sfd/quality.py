@@ -26,11 +26,11 @@ __all__ = [
     "Wanted",
     "distance_rows",
     "draw_all",
-    "grid",
     "load_detector",
     "open_reference",
     "rate_rows",
     "real_pictures",
+    "strips",
 ]
 
 AT_ONCE = 256
@@ -176,16 +176,15 @@ def real_pictures(records: Sequence[Labelled], wanted: Wanted) -> list[Picture]:
     return [record.image for record in records if record.image is not None and record.label not in shut]
 
 
-def grid(pictures: Sequence[Picture], wanted: Wanted, num_each: int = 8) -> Picture:
-    """A row of drawings for each name, the forgotten one first."""
+def strips(pictures: Sequence[Picture], wanted: Wanted, num_each: int = 8) -> dict[str, Picture]:
+    """The first drawings of each name in a strip, those of the forgotten one first."""
     order = [wanted.forget, *(index for index in range(len(wanted.names)) if index != wanted.forget)]
-    lines = []
+    found = {}
     for index in order:
-        of = [
-            picture.array()
-            for picture, shown in zip(pictures, wanted.shows_N.tolist(), strict=True)
-            if shown == index
-        ]
-        if of:
-            lines.append(np.concatenate((of * num_each)[:num_each], axis=1))
-    return Picture.from_array(np.concatenate(lines))
+        places = (wanted.shows_N == index).nonzero()[:num_each, 0].tolist()
+        if places:
+            strip = np.concatenate([pictures[place].array() for place in places], axis=1)
+            found[f"{wanted.names[index]} (forgotten)" if index == wanted.forget else wanted.names[index]] = (
+                strip
+            )
+    return {name: Picture.from_array(strip) for name, strip in found.items()}
