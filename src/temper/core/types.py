@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from temper.core.budget import Budget
+
 __all__ = ["Attempt", "Json", "Message", "Row", "Run", "Ticker"]
 
 Json = Any
@@ -110,6 +112,8 @@ class Run:
     num_procs: int = 1
     checkpoint_every: int = 0
     """Optimiser steps between checkpoints; 0 = none."""
+    budget: Budget = field(default_factory=Budget, compare=False)
+    """What the verb may spend, and the meter of what it has."""
     ticker: Ticker = _silent
 
     @property

@@ -49,7 +49,9 @@ def train(
     `before_step(step)` may change the objective's weights. `callback(num_steps_done)` runs in eval mode every
     `every` steps and what it returns joins `log.curve`; `stop_when` is asked every `settings.log_every` steps. With `run.checkpoint_every` the state is kept in
     `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
-    Raises NumericsError at a loss or gradient that is not finite, DataError when there are no items.
+    A step that `run.budget` does not pay for ends training, `log.stopped_early` then.
+    Raises NumericsError at a loss or gradient that is not finite, DataError when there are no items, ConfigError for a
+    budget below one step.
     """
     trained = _trainable(parameters)
     plan = Plan(epoch_items, settings, run.seed)
@@ -60,6 +62,8 @@ def train(
     with _training(model, trained, settings):
         start = loop.resume()
         for step in run.ticker(range(start, plan.num_steps), total=plan.num_steps - start, label="train"):
+            if not loop.is_paid(step):
+                break
             if before_step is not None:
                 before_step(step)
             loop.step(step)

@@ -93,6 +93,27 @@ class Loop(Generic[Item]):
         self.procs.share(parameters)
         set_lr(optimizer, 1.0)
 
+    def is_paid(self, step: int) -> bool:
+        """Whether the budget has room for all of this step, in every process; else training ends here."""
+        items = self.plan.items(step)
+        budget, tokens = self.run.budget, sum(self.length(item) for item in items)
+        refused = torch.tensor(float(not budget.allows(steps=1, queries=len(items), tokens=tokens)))
+        if "seconds" in budget.limits and self.procs.num > 1:
+            refused = self.procs.sum_(refused.to(self.parameters[0].device))
+        if not refused:
+            budget.spend(steps=1, queries=len(items), tokens=tokens)
+            return True
+        if not step:
+            raise ConfigError(
+                f"The budget of {budget.limits[budget.stopped_by]:g} {budget.stopped_by} does not pay for one step",
+                where=f"training on {len(items)} rows of {tokens} tokens a step",
+                cure="Raise it, or lower batch_rows.",
+            )
+        self._fetch()
+        self._cost()
+        self.log.stopped_early = True
+        return False
+
     def step(self, step: int) -> None:
         """One optimiser step over all items of `step`."""
         items = self.plan.items(step)
@@ -275,6 +296,10 @@ class Loop(Generic[Item]):
                 buffer.copy_(state.tensors.get(f"buffer/{name}", buffer))
         checkpoint.unpack_optimizer(self.optimizer, state.tensors, state.facts["optimizer"])
         self.log = TrainLog(**state.facts["log"])
+        rows = sum(len(self.plan.items(step)) for step in range(state.step)) if self.run.budget.limits else 0
+        self.run.budget.spend(
+            steps=state.step, queries=rows, tokens=self.log.num_tokens, seconds=self.log.wall_s
+        )
         return self.plan.num_steps if self.log.stopped_early else state.step
 
     def _check_identity(self, stored: Mapping[str, Json]) -> None:

@@ -3,7 +3,7 @@
 A fit step F with opponents becomes more steps. An opponent that fits (it changes weights) gives, for each budget, one
 step on the system with F and a twin on the one without; every measure step whose system ends in F then also looks at both,
 and at the plain system. An opponent that attacks (it searches inputs) gives one step on either system. Rows of these
-steps say whom they are about: `against` among their facts.
+steps say whom they are about: `against` among their facts. What an opponent may spend (`budget`) is the same for both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+from temper.core.budget import UNITS
 from temper.core.errors import ConfigError
 from temper.core.spec import ArtefactRef, SystemSpec, parse_system
 from temper.core.types import Json
@@ -64,15 +65,17 @@ def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
 
 
 def _attack(opponent: Opponent, budget: Mapping[str, Json], step_id: str, system: str) -> Step:
-    settings = {**opponent.settings, **budget}
+    settings = {name: value for name, value in budget.items() if name not in UNITS}
+    limits = {name: value for name, value in budget.items() if name in UNITS}
     return Step(
         id=step_id,
         verb=opponent.verb,
         method=opponent.method,
         system=system,
         data=opponent.data,
-        settings=settings,
+        settings={**opponent.settings, **settings},
         limit=opponent.limit,
+        limits={**opponent.limits, **limits},
     )
 
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from temper.core.budget import UNITS, Budget
 from temper.core.types import Attempt, Row
 
-__all__ = ["attack_rows"]
+__all__ = ["attack_rows", "paid_attempts"]
 
 NOT_COUNTED = frozenset({"wall_s"})
 """Costs that differ between two equal runs; they stay with the attempt."""
+
+
+def paid_attempts(attempts: Iterable[Attempt], budget: Budget) -> Iterator[Attempt]:
+    """The attempts, until the budget is spent; a method that books nothing itself is booked what its attempts cost.
+
+    A method that asks the budget stops in time; one that does not is stopped behind the attempt that went too far.
+    """
+    booked = dict(budget.used)
+    for attempt in attempts:
+        if budget.used == booked:
+            budget.spend(**{unit: attempt.cost[unit] for unit in UNITS if unit in attempt.cost})
+        booked = dict(budget.used)
+        yield attempt
+        if not budget.is_open():
+            return
 
 
 def attack_rows(attempts: Iterable[Attempt]) -> Iterator[Row]:

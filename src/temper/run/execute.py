@@ -196,6 +196,8 @@ def _step_record(step: PlannedStep) -> dict[str, Json]:
         "data": data,
         "data_fingerprint": step.loaded.fingerprint if step.loaded is not None else None,
         "limit": step.limit,
+        "limits": dict(step.limits),
+        **step.label,
         "settings": {key: {"value": values[key], "origin": step.origins[key]} for key in values},
     }
 

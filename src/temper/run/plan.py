@@ -73,6 +73,8 @@ class PlannedStep:
     hash: str
     label: Mapping[str, Json] = field(default_factory=dict)
     """Further facts of its rows."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The most it may spend, by unit."""
 
     @property
     def name(self) -> str:
@@ -215,6 +217,7 @@ def _plan_step(
         "limit": step.limit,
         "options": options.hashed(),
         **({"mentions": mentions} if mentions else {}),
+        **({"limits": dict(step.limits)} if step.limits else {}),
     }
     return PlannedStep(
         id=step.id,
@@ -232,6 +235,7 @@ def _plan_step(
         loaded=data,
         hash=_short(payload),
         label=step.label,
+        limits=step.limits,
     )
 
 

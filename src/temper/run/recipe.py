@@ -13,6 +13,7 @@ from temper.core.card import VERBS, Verb
 from temper.core.errors import ConfigError, nearest
 from temper.core.registry import find, load_card
 from temper.core.types import Json
+from temper.run.budgets import parse_budget
 from temper.run.strict_yaml import load_yaml
 
 __all__ = [
@@ -66,7 +67,9 @@ class Opponent:
     settings: Mapping[str, Json] = field(default_factory=dict)
     limit: int | None = None
     budgets: tuple[Mapping[str, Json], ...] = ()
-    """Settings of each attempt, e.g. {num_steps: 5}, {num_steps: 20}; () for one attempt."""
+    """Settings or limits of each attempt, e.g. {num_steps: 5}, {num_steps: 20}; () for one attempt."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The most that any attempt may spend, by unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class Step:
     """Who attacks what a fit leaves, see `run/against.py`."""
     label: Mapping[str, Json] = field(default_factory=dict)
     """Further facts of the step's rows."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """The most it may spend, by unit; see `core/budget.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,9 +277,7 @@ def _opponent(raw: Mapping[str, Json], where: str) -> Opponent:
     if len(verbs) != 1:
         raise ConfigError("An opponent has one verb", where=where, cure="Write fit: SLUG or attack: SLUG.")
     method = _text(raw[verbs[0]], where) or ""
-    budget = _matrix(raw.get("budget"), where)
-    if len(budget) > 1:
-        raise ConfigError("A budget is one setting", where=where, cure="Write budget: {num_steps: [5, 20]}.")
+    budgets, limits = parse_budget(raw.get("budget"), where)
     return Opponent(
         id=_text(raw.get("id"), f"{where}: id") or method,
         verb=verbs[0],
@@ -282,7 +285,8 @@ def _opponent(raw: Mapping[str, Json], where: str) -> Opponent:
         data=_data(raw.get("data"), f"{where}: data"),
         settings=_mapping(raw.get("settings") or {}, f"{where}: settings"),
         limit=_limit(raw.get("limit"), where),
-        budgets=tuple({name: value} for name, values in budget.items() for value in values),
+        budgets=budgets,
+        limits=limits,
     )
 
 

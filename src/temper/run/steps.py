@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from temper.core.budget import Budget
+from temper.core.card import Verb
 from temper.core.errors import ConfigError, StoreError
 from temper.core.registry import load_card
 from temper.core.types import Attempt, Json, Row, Run, Ticker
-from temper.run.attack_rows import attack_rows
+from temper.run.attack_rows import attack_rows, paid_attempts
 from temper.run.cells import STEP
 from temper.run.facts import environment, step_facts
 from temper.run.inputs import load_inputs
@@ -160,6 +162,7 @@ def step_run(planned: PlannedStep, worker: Worker, step: StepFolder) -> Run:
         num_procs=options.num_procs,
         checkpoint_every=options.checkpoint_every,
         ticker=worker.ticker,
+        budget=Budget(planned.limits),
     )
 
 
@@ -170,15 +173,23 @@ def _execute(planned: PlannedStep, worker: Worker, step: StepFolder, system: Any
     seed_everything(planned.seed, planned.id)
     run = step_run(planned, worker, step)
     result = call_verb(planned.method, planned.verb, system, data, step_config(planned, worker), run)
-    if planned.verb == "fit":
+    made = _keep(planned.verb, result, step, facts, run.budget)
+    return {**made, "used": run.budget.record(), "limits": dict(planned.limits)}
+
+
+def _keep(
+    verb: Verb, result: Any, step: StepFolder, facts: dict[str, Json], budget: Budget
+) -> dict[str, Json]:
+    """Write what the verb gave."""
+    if verb == "fit":
         result.save(step.artefact)
         return {}
-    if planned.verb == "make":
+    if verb == "make":
         return _keep_data(result, step)
     clock = _Clock()
-    if planned.verb == "measure":
+    if verb == "measure":
         return {"num_rows": _keep_rows(result, step, facts, clock)}
-    num_attempts = _keep_attempts(result, step, facts)
+    num_attempts = _keep_attempts(paid_attempts(result, budget), step, facts)
     attempts = (attempt_from(record) for record in lines.read(step.attempts_file))
     return {"num_attempts": num_attempts, "num_rows": _keep_rows(attack_rows(attempts), step, facts, clock)}
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from temper.methods.attacks.gcg import outcomes as results
 from temper.methods.attacks.gcg.card import Config
 from temper.methods.attacks.gcg.outcomes import Goal, Outcome
 from temper.methods.attacks.gcg.probe import first_layers, num_layers_of, open_draft
+from temper.methods.attacks.gcg.spending import Spending, cost_of, estimate
 from temper.methods.attacks.gcg.steps import GRADIENT, Draft, Member, Search
 from temper.ops.search import allowed_mask, require_same_vocabulary
 from temper.ops.search_losses import SlotLoss, SlotScorer
@@ -31,10 +32,6 @@ from temper.systems.causal_lm import CausalLM
 __all__ = ["attack", "estimate", "open_search", "optimise", "prepare", "universal"]
 
 logger = logging.getLogger(__name__)
-
-CHARS_A_TOKEN = 4.0
-TEMPLATE_TOKENS = 10
-"""Guessed tokens between slot and target, for the estimate."""
 
 
 def attack(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Attempt]:
@@ -82,8 +79,9 @@ def _each(
     """One search a goal."""
     allowed_V = allowed_mask(system, ascii_only=not config.allow_non_ascii)
     curves: dict[str, list[float]] = {}
-    for goal in run.ticker(goals, total=len(goals), label="goals"):
+    for number, goal in enumerate(run.ticker(goals, total=len(goals), label="goals")):
         started = time.perf_counter()
+        run.budget.share(len(goals) - number)
         search = None
         if config.search != "none":
             search = optimise([[goal]], allowed_V, config, run)
@@ -134,10 +132,14 @@ def optimise(by_model: Sequence[Sequence[Goal]], allowed_V: Tensor, config: Conf
     """The finished search over goals, `by_model[m][p]` being goal p on model m."""
     search = open_search(by_model, allowed_V, config, run, _generator(run.seed, by_model[0]))
     grows = config.universal and config.progressive
+    spending = Spending(search, run.budget)
     for step in run.ticker(range(config.num_steps), total=config.num_steps, label="gcg"):
         if config.early_stop and search.best.is_hit and not grows:
             break
+        if not spending.allows_step():
+            break
         search.step()
+        spending.book(1)
         if (step + 1) % config.check_every == 0 and _checked(search, by_model, config, run, grows):
             break
     return search
@@ -256,7 +258,7 @@ def _attempts(
     wall_s = (time.perf_counter() - started) / len(all_goals)
     for number, (goal, outcome, verdict) in enumerate(zip(all_goals, found, verdicts, strict=True)):
         is_held_out = number >= len(goals)
-        cost = _cost(search, None if is_held_out else number, outcome, goal, wall_s)
+        cost = cost_of(search, None if is_held_out else number, goal, wall_s, run.budget)
         detail: dict[str, Json] = {"suffix": text, "search": config.search}
         if held_out:
             detail["held_out"] = float(is_held_out)
@@ -272,29 +274,3 @@ def _check(search: Search, found: Sequence[Outcome], system: CausalLM, config: C
     if plain and all(member.model == 0 for member in search.members):
         fresh = [config.target_weight * found[member.goal].loss for member in search.members]
         results.check_loss(search.best.loss, fresh, system, run)
-
-
-def _cost(
-    search: Search | None, number: int | None, outcome: Outcome, goal: Goal, wall_s: float
-) -> dict[str, float]:
-    """Candidates scored for a goal on all models and the check of the result; tokens run for both."""
-    scorers = [member.scorer for member in search.all_members if member.goal == number] if search else []
-    last = len(goal.prompt.before) + len(goal.prompt.after) + len(goal.prompt.target)
-    return {
-        "queries": float(sum(scorer.queries for scorer in scorers) + 1),
-        "tokens": float(sum(scorer.tokens for scorer in scorers) + last),
-        "wall_s": wall_s,
-    }
-
-
-def estimate(facts: Mapping[str, Any], data: Data | None, config: Config) -> dict[str, float]:
-    """Tokens run by the whole attack: steps x candidates x (half the slot + template + target), for every goal."""
-    goals = data.get("goals") if data is not None else ()
-    total = 0.0
-    for goal in goals:
-        target = len(getattr(goal, "target", "") or "") / CHARS_A_TOKEN
-        width = config.suffix_tokens / 2 + TEMPLATE_TOKENS + target
-        steps = config.num_steps if config.search != "none" else 0
-        gradient = 3 * (width + config.suffix_tokens) if config.search == "gradient" else 0
-        total += steps * (config.num_candidates * width + gradient) + config.reply_tokens
-    return {"tokens": total}
