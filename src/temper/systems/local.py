@@ -15,6 +15,7 @@ from torch import nn
 from temper.core.card import CAPABILITIES
 from temper.systems.base import System
 from temper.systems.fingerprint import fingerprint_model
+from temper.systems.freed_memory import keep_freed_memory
 
 __all__ = ["CPU", "PROBE_ERRORS", "LocalSystem", "tried"]
 
@@ -43,6 +44,8 @@ class LocalSystem(System):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", torch.device(self.device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def with_(self, **changes: Any) -> Self:
         """The same system with some fields changed; the model is shared, not copied.

@@ -150,7 +150,7 @@ def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainL
     return log, [*looks, *log.curve]
 
 
-def check_reference(system: CausalLM, rows: Rows, run: Run, most: int = 8) -> float:
+def check_reference(system: CausalLM, rows: Rows, run: Run, most: int = 2) -> float:
     """Mean of lp - lp_ref over some forget rows, in nats a token, before the first step; warns unless it is about 0.
 
     Anything else means that the reference is another model than the one unlearning starts from.

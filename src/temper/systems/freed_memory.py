@@ -1,0 +1,32 @@
+"""Freed memory stays in the process: on a CPU, fresh pages cost a training step more than some of its arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+__all__ = ["keep_freed_memory"]
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
+LARGEST_KEPT = 32 << 20
+"""Bytes; the most that glibc takes. Larger blocks go back to the system when they are freed."""
+NEVER = (1 << 31) - 1
+USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator, once a process; gives whether it did.
+
+    Blocks are reused instead of being handed back and asked for again, so the process stays as large as it has been
+    at its peak. Does nothing with another allocator, or where the environment already says how memory is kept.
+    """
+    if any(os.environ.get(name) for name in USERS_OWN):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(TRIM_THRESHOLD, NEVER))
