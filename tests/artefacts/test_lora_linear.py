@@ -77,3 +77,18 @@ def test_layers_it_does_not_know_keep_peft() -> None:
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["0"], lora_dropout=0.5), net)
     net[0].base_layer.weight.requires_grad_(False)
     assert fuse(net) == 0
+
+
+def test_frozen_adapters_cost_no_gradient_and_leave_that_of_the_input() -> None:
+    _, fast = pair(True)
+    x = torch.randn(2, 4, 7)
+    found = []
+    for frozen in (False, True):
+        for name, parameter in fast.named_parameters():
+            parameter.requires_grad_(not frozen and ".lora_" in name)
+            parameter.grad = None
+        given = x.clone().requires_grad_()
+        fast(given).square().sum().backward()
+        found.append(given.grad)
+        assert (fast[0].lora_A["default"].weight.grad is None) == frozen
+    assert torch.equal(*found)

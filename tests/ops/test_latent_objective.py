@@ -198,3 +198,20 @@ def test_attacks_on_items_in_any_batches_and_the_figures(lively):
     log, _ = fit(system, objective_of())
     curves = attack_figures(log)["curves"]
     assert len(curves["Attack loss"]["lines"]["attacked"]["y"]) == 4
+
+
+def test_attention_is_chosen_by_the_longest_row_and_not_by_all_of_an_item(lively, monkeypatch):
+    """Many short rows stand side by side: together they are no long row."""
+    from temper.ops import train_loop
+
+    asked, real = [], train_loop.short_attention
+
+    def watched(device, longest):
+        asked.append(longest)
+        return real(device, longest)
+
+    monkeypatch.setattr(train_loop, "short_attention", watched)
+    assert [item.longest for item in ITEMS] == [6, 4, 3]
+    fit(lively("llama"), objective_of())
+    assert set(asked) == {6}
+    assert max(item.num_tokens for item in ITEMS) == 15

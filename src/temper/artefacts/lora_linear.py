@@ -38,11 +38,14 @@ class LowRankLinear(torch.autograd.Function):
         flat, inner, weight, low, high = ctx.saved_tensors
         flat_grad = grad.reshape(-1, grad.shape[-1])
         inner_grad = flat_grad @ high
-        x_grad = None
+        x_grad = a_grad = b_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (flat_grad @ weight).addmm_(inner_grad, low).view(*grad.shape[:-1], weight.shape[1])
-        a_grad = (inner_grad.t() @ flat).float()
-        b_grad = (flat_grad.t() @ inner).float() * ctx.scale
+        # Attacks freeze the adapters too.
+        if ctx.needs_input_grad[3]:
+            a_grad = (inner_grad.t() @ flat).float()
+        if ctx.needs_input_grad[4]:
+            b_grad = (flat_grad.t() @ inner).float() * ctx.scale
         return x_grad, None, None, a_grad, b_grad, None
 
 

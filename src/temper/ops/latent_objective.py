@@ -66,6 +66,11 @@ class LatentItem:
         """Tokens of all its rows."""
         return sum(len(row.ids) for row in (self.bad, self.good, *self.benign) if row is not None)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(len(row.ids) for row in (self.bad, self.good, *self.benign) if row is not None)
+
     def row(self, kind: Kind) -> Example:
         """The bad or the good row."""
         row = self.bad if kind == "bad" else self.good
@@ -173,6 +178,10 @@ class LatentObjective:
         """Forget the perturbations of the last round where a new one begins."""
         if step % self.num_repeats == 0:
             self._kept.clear()
+
+    def longest(self, item: LatentItem) -> int:
+        """Tokens of the item's longest row."""
+        return item.longest
 
     def counts(self, items: Sequence[LatentItem]) -> dict[str, float]:
         """The game's, and the items for what is watched."""

@@ -144,7 +144,8 @@ class Loop(Generic[Item]):
             _seed(self.run.seed, step, index, self.parameters[0].device)
             part = [items[place] for place in places]
             # The backward pass too: recomputed activations must take the same kernels.
-            with short_attention(self.parameters[0].device, max(self.length(item) for item in part)):
+            longest = getattr(self.objective, "longest", self.length)
+            with short_attention(self.parameters[0].device, max(longest(item) for item in part)):
                 with autocast(self.run):
                     terms = self.objective(self.model, part)
                 _check_terms(terms, weights, counts)
