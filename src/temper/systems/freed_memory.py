@@ -8,12 +8,16 @@ from functools import cache
 
 __all__ = ["keep_freed_memory"]
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_MAX, TRIM_THRESHOLD = -4, -1
 """Parameters of glibc's mallopt."""
-LARGEST_KEPT = 32 << 20
-"""Bytes; the most that glibc takes. Larger blocks go back to the system when they are freed."""
-NEVER = (1 << 31) - 1
-USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+NEVER = -1
+USERS_OWN = (
+    "GLIBC_TUNABLES",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "LD_PRELOAD",
+)
 
 
 @cache
@@ -29,4 +33,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(TRIM_THRESHOLD, NEVER))
+    return bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, NEVER))

@@ -81,8 +81,8 @@ def kl_sum(model: nn.Module, batch: Batch, at_BT: Tensor, ref_SV: Tensor) -> Ten
 class UnlearnObjective:
     """The weighted sum of a forget loss and its further terms, over Pairs.
 
-    `reference` is a context manager that gives the system as it was when training began. A term "forget_nll" of
-    weight 0 watches the forget answers' cross-entropy.
+    `reference` is a context manager that gives the system as it was when training began. Terms of weight 0 watch
+    the forget answers: "forget_nll" their cross-entropy, "log_ratio" how far they are from the reference, in nats a token.
     """
 
     def __init__(
@@ -103,6 +103,9 @@ class UnlearnObjective:
         self.watches = "forget" in loss.forget.reads
         if self.watches:
             self.weights["forget_nll"] = 0.0
+        self.compares = self.watches and loss.forget.uses_reference
+        if self.compares:
+            self.weights["log_ratio"] = 0.0
 
     def counts(self, items: Sequence[Pair]) -> dict[str, float]:
         """Rows or answer tokens of each term, or positions of a divergence."""
@@ -120,6 +123,8 @@ class UnlearnObjective:
             found[name] = spots(term.part) if term.divergence else tokens(term.part)
         if self.watches:
             found["forget_nll"] = tokens("forget")
+        if self.compares:
+            found["log_ratio"] = tokens("forget")
         return found
 
     def __call__(self, model: nn.Module, items: Sequence[Pair]) -> dict[str, SumCount]:
@@ -138,6 +143,8 @@ class UnlearnObjective:
                 totals[name] = nll(answers[term.part].logp_B)
         if self.watches:
             totals["forget_nll"] = nll(answers["forget"].logp_B.detach())
+        if self.compares:
+            totals["log_ratio"] = (answers["forget"].logp_B.detach() - answers["forget"].ref_B).sum()
         return {name: SumCount(total, counts[name]) for name, total in totals.items()}
 
     def _score(self, model: nn.Module, items: Sequence[Pair]) -> dict[str, Answers]:

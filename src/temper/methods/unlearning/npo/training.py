@@ -18,7 +18,7 @@ from temper.methods.unlearning.npo.card import Config
 from temper.methods.unlearning.npo.losses import Loss, parse
 from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
 from temper.ops.batching import Example, encode
-from temper.ops.logprobs import reference_logprobs, response_logprobs
+from temper.ops.logprobs import reference_logprobs
 from temper.ops.train import TrainLog, train
 from temper.ops.unlearning import Watch, train_settings
 from temper.systems.causal_lm import CausalLM
@@ -26,7 +26,6 @@ from temper.systems.causal_lm import CausalLM
 __all__ = [
     "Rows",
     "check_reference",
-    "diverged",
     "encode_answers",
     "idk_rows",
     "pairs",
@@ -34,6 +33,7 @@ __all__ = [
     "report_outcome",
     "tune",
     "unlearn",
+    "watching",
 ]
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,6 @@ def tune(config: Config, run: Run) -> Tune:
 def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainLog, list[dict[str, float]]]:
     """Train in place; gives the log and the looks, the first one before the first step."""
     system = tuned.system
-    check_reference(system, rows, run)
     objective = UnlearnObjective(
         rows.loss,
         config,
@@ -138,47 +137,41 @@ def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainL
         tuned.parameters(),
         lambda epoch: pairs(rows, run.seed, epoch),
         objective,
-        # Asked at every step whether it has diverged.
-        train_settings(len(rows.forget), config, log_every=1 if config.max_forget_nll else 10),
+        train_settings(len(rows.forget), config, log_every=1),
         run,
         length=lambda pair: pair.num_tokens,
         every=config.watch_every,
         callback=watch.look if config.watch_every else None,
-        stop_when=diverged(config),
+        stop_when=watching(config),
     )
     report_outcome(log, config)
     return log, [*looks, *log.curve]
 
 
-def check_reference(system: CausalLM, rows: Rows, run: Run, most: int = 2) -> float:
-    """Mean of lp - lp_ref over some forget rows, in nats a token, before the first step; warns unless it is about 0.
+def watching(config: Config) -> Callable[[TrainLog], bool]:
+    """Asked after every step: whether the forget answers' cross-entropy has passed its bound (Departure 9).
 
-    Anything else means that the reference is another model than the one unlearning starts from.
+    After the first step it warns about a reference that is not the model that unlearning starts from.
     """
-    if not rows.loss.forget.uses_reference:
-        return 0.0
-    some = rows.forget[:most]
-    gap = response_logprobs(system, some, run=run) - rows.forget_ref[:most]
-    mean = float(gap.sum()) / sum(sum(row.scored) for row in some)
-    if not abs(mean) <= REFERENCE_TOLERANCE:
-        logger.warning(
-            "the reference is not the model that unlearning starts from: log-probabilities differ by %.3f nats a token "
-            "at step 0; npo, dpo and kto need the fine-tuned target as reference",
-            mean,
-        )
-    return mean
-
-
-def diverged(config: Config) -> Callable[[TrainLog], bool] | None:
-    """Whether the forget answers' cross-entropy has passed its bound (Departure 9)."""
-    if not config.max_forget_nll:
-        return None
 
     def stop(log: TrainLog) -> bool:
+        if log.num_steps == 1:
+            check_reference(log)
         watched = log.terms.get("forget_nll")
-        return bool(watched) and watched[-1] > config.max_forget_nll  # type: ignore[index]
+        return bool(config.max_forget_nll and watched) and watched[-1] > config.max_forget_nll  # type: ignore[index]
 
     return stop
+
+
+def check_reference(log: TrainLog) -> None:
+    """Warn unless the first step's answers, scored before any update, have the reference's log-probabilities."""
+    ratios = log.terms.get("log_ratio")
+    if ratios and not abs(ratios[0]) <= REFERENCE_TOLERANCE:
+        logger.warning(
+            "the reference is not the model that unlearning starts from: log-probabilities differ by %.3f nats a token "
+            "at the first step; npo, dpo and kto need the fine-tuned target as reference",
+            ratios[0],
+        )
 
 
 def report_outcome(log: TrainLog, config: Config) -> None:
