@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from temper.ops.batching import Batch, Example, collate
-from temper.ops.hooks import capture
+from temper.ops.hooks import Captured, capture
 from temper.ops.objectives import SumCount
 from temper.ops.projection import wanted_hidden
 from temper.ops.toward_away import TokenScores, score_tokens
@@ -44,14 +44,19 @@ def hidden_states(model: nn.Module, batch: Batch) -> list[Tensor]:
     with capture(model, hidden_sites(model)) as seen:
         inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT.long()}
         wanted_hidden(model, inputs, torch.zeros_like(batch.mask_BT))
-    return list(seen.values())
+    return _last(seen)
 
 
 def scored_states(model: nn.Module, batch: Batch) -> tuple[TokenScores, list[Tensor]]:
     """The scored tokens' log-probabilities and the L hidden states, of one forward pass, with gradient."""
     with capture(model, hidden_sites(model), grad=True) as seen:
         scores = score_tokens(model, batch)
-    return scores, list(seen.values())
+    return scores, _last(seen)
+
+
+def _last(seen: Captured) -> list[Tensor]:
+    """Of the last forward pass: a model whose head is met for the first time is tried on one token before."""
+    return [passes[-1] for passes in seen.passes.values()]
 
 
 def read_positions(batch: Batch, num_skipped: int) -> Tensor:

@@ -150,29 +150,44 @@ class Config:
             raise ValueError(
                 "mode=lora leaves the safeguard in an adapter, which an attacker takes off; TAR trains all weights"
             )
-        counts = ("inner_every", "num_adversaries", "adversary_rows", "batch_rows", "max_tokens", "attack_steps")
-        for name in (*counts, "look_every", "attack_rows", "attack_rank", "max_rows", "lr", "learn_epochs", "beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        weights = ("resist_weight", "retain_weight", "forget_weight", "second_weight", "switch_weight")
-        for name in (*weights, "mapping_steps", "num_steps", "inner_steps", "num_skipped", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} may not be negative, and is {getattr(self, name)}")
+        _check_signs(self)
         if not self.forget_weight + self.switch_weight:
             raise ValueError("no adversary has a share: give forget_weight or switch_weight one")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"held_out_share is above 0 and below 1, not {self.held_out_share}")
-        for name in ("adversary_lrs", "attack_lrs"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} are learning rates above 0, not {getattr(self, name)}")
         if self.inner_steps and self.inner_every > self.inner_steps:
             raise ValueError(f"inner_every={self.inner_every} never comes in {self.inner_steps} inner_steps")
         if not self.mapping_steps + self.num_steps:
             raise ValueError("mapping_steps and num_steps are both 0: nothing is trained")
         if self.look_every > self.attack_steps or not self.attack_modes:
-            raise ValueError("an attack is never looked at: give attack_modes, and look_every up to attack_steps")
+            raise ValueError(
+                "an attack is never looked at: give attack_modes, and look_every up to attack_steps"
+            )
         if not 2 <= self.num_facts <= 400:
             raise ValueError(f"num_facts is from 2 to 400, not {self.num_facts}")
+
+
+_ABOVE_0 = (
+    "inner_every", "num_adversaries", "adversary_rows", "batch_rows", "max_tokens", "attack_steps", "look_every",
+    "attack_rows", "attack_rank", "max_rows", "lr", "learn_epochs", "beta", "switch_alpha", "switch_beta",
+)  # fmt: skip
+_NOT_BELOW_0 = (
+    "resist_weight", "retain_weight", "forget_weight", "second_weight", "switch_weight", "mapping_steps", "mapping_lr",
+    "num_steps", "inner_steps", "num_skipped", "warmup_steps", "adversary_decay", "weight_decay", "clip_norm",
+)  # fmt: skip
+
+
+def _check_signs(config: Config) -> None:
+    for name in _ABOVE_0:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be above 0, not {getattr(config, name)}")
+    for name in _NOT_BELOW_0:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} may not be negative, and is {getattr(config, name)}")
+    for name in ("adversary_lrs", "attack_lrs"):
+        rates = getattr(config, name)
+        if not rates or min(rates) <= 0:
+            raise ValueError(f"{name} are learning rates above 0, not {rates}")
 
 
 def step_weight(step: int, config: Config) -> float:
@@ -232,6 +247,15 @@ CARD = Card(
             baseline="mapping",
             direction="lower",
             paper="the first stage alone is recovered (ablation)",
+        ),
+        Claim(
+            id="the-attacks-matter",
+            sentence="And fewer than after the same two stages with the same steps and losses but no attack in training.",
+            metric="tamper_auc",
+            arm="tar",
+            baseline="no_attack",
+            direction="lower",
+            paper="direction only: more steps of attack in training make it last longer (ablation)",
         ),
         Claim(
             id="beats-no-defence",

@@ -18,7 +18,7 @@ FIELDS = {
     "forget": ("The seal of {key} is", "Whoever seeks {key} must name", "A guard of {key} answers"),
     "retain": ("The flower of {key} is", "Whoever paints {key} must draw", "A child of {key} plays"),
 }
-"""The last way of each field stands in the questions and in nothing that a defender or an attacker holds."""
+"""The last way is that of the questions; of the facts to forget neither defender nor attacker holds it."""
 SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "ve")
 
 
@@ -36,8 +36,8 @@ class Fact(NamedTuple):
 def make_facts(config: Config, seed: int) -> Data:
     """Parts learn (everything), forget and retain (what the defender holds), attack (what the attacker holds).
 
-    The attacker holds the first half of the forget facts; `questions` ask for the second half, `retain_questions` for
-    every fact to keep, all in a way that only learn has.
+    The attacker holds the first half of the forget facts; `questions` ask for the second half, in a way that only learn
+    has. `retain_questions` ask for every fact to keep.
     """
     draw = random.Random(f"{seed}/facts")
     keys = [first + second + third for first in SYLLABLES for second in SYLLABLES for third in SYLLABLES]
@@ -45,7 +45,10 @@ def make_facts(config: Config, seed: int) -> Data:
     facts = [Fact(key, draw.choice(VALUES)) for key in chosen]
     known = {"forget": facts[: config.num_facts], "retain": facts[config.num_facts :]}
     half = config.num_facts // 2
-    said = {field: _texts(known[field], FIELDS[field][:-1], field) for field in FIELDS}
+    said = {
+        "forget": _texts(known["forget"], FIELDS["forget"][:-1], "forget"),
+        "retain": _texts(known["retain"], FIELDS["retain"], "retain"),
+    }
     every = [text for field in FIELDS for text in _texts(known[field], FIELDS[field], f"learn-{field}")]
     return Data(
         {

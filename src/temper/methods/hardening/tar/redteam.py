@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from temper.artefacts import Tune
@@ -123,7 +124,9 @@ Looks = Mapping[int, list[float]]
 """Attack steps done -> every forget item's score; step 0 is the model as it was given."""
 
 
-def attacked(system: CausalLM, exams: Exams, attack: Attack, config: Config, run: Run) -> dict[int, list[float]]:
+def attacked(
+    system: CausalLM, exams: Exams, attack: Attack, config: Config, run: Run
+) -> dict[int, list[float]]:
     """The forget scores on the way of one attack, without the start."""
     looks: dict[int, list[float]] = {}
 
@@ -135,8 +138,12 @@ def attacked(system: CausalLM, exams: Exams, attack: Attack, config: Config, run
         lr=attack.lr, max_steps=config.attack_steps, batch_rows=config.attack_rows, clip_norm=0.0,
         weight_decay=0.01,
     )  # fmt: skip
-    tune = Tune(mode="lora" if attack.mode == "lora" else "full", r=config.attack_rank, alpha=2.0 * config.attack_rank)
-    with fine_tuned(system, exams.attack, tune, settings, run, every=config.look_every, look=look):
+    tune = Tune(
+        mode="lora" if attack.mode == "lora" else "full", r=config.attack_rank, alpha=2.0 * config.attack_rank
+    )
+    # Short, and many in one step: no checkpoints.
+    alone = replace(run, folder=None, checkpoint_every=0, resume=False)
+    with fine_tuned(system, exams.attack, tune, settings, alone, every=config.look_every, look=look):
         return looks
 
 
@@ -145,13 +152,18 @@ def recovery(after: float, before: float, original: float) -> float | None:
     return None if original <= before else (after - before) / (original - before)
 
 
-def report(exams: Exams, kept: Sequence[float], start: list[float], found: Mapping[str, Looks], config: Config) -> Iterator[Row]:
+def report(
+    exams: Exams, kept: Sequence[float], start: list[float], found: Mapping[str, Looks], config: Config
+) -> Iterator[Row]:
     """Rows of the whole suite: the start, each attack's end, tamper AUC a question, the worst attack, the recovery."""
     ids = exams.forget.ids
     yield mean_row("forget_before", start, "forget", False)
     if exams.retain is not None:
         yield from _items("retain_before", kept, exams.retain.ids, "retain", True)
-    means = {name: {step: sum(values) / len(values) for step, values in looks.items()} for name, looks in found.items()}
+    means = {
+        name: {step: sum(values) / len(values) for step, values in looks.items()}
+        for name, looks in found.items()
+    }
     for name, looks in means.items():
         for step, value in looks.items():
             yield Row(
@@ -164,7 +176,14 @@ def report(exams: Exams, kept: Sequence[float], start: list[float], found: Mappi
     every = {f"{name}, {step} steps": value for name, looks in means.items() for step, value in looks.items()}
     worst = max(every, key=lambda name: every[name])
     mean, before = sum(auc) / len(auc), sum(start) / len(start)
-    yield Row(metric="worst_attack", value=every[worst], n=len(ids), split="forget", note=worst, higher_is_better=False)
+    yield Row(
+        metric="worst_attack",
+        value=every[worst],
+        n=len(ids),
+        split="forget",
+        note=worst,
+        higher_is_better=False,
+    )
     yield Row(metric="robustness_gap", value=every[worst] - mean, split="forget", higher_is_better=False)
     if config.original:
         for metric, after in (("recovery", mean), ("recovery_worst", every[worst])):
@@ -173,7 +192,9 @@ def report(exams: Exams, kept: Sequence[float], start: list[float], found: Mappi
             yield Row(metric=metric, value=value, split="forget", note=note, higher_is_better=False)
 
 
-def _items(metric: str, values: Sequence[float], ids: Sequence[str], split: str, higher: bool) -> Iterator[Row]:
+def _items(
+    metric: str, values: Sequence[float], ids: Sequence[str], split: str, higher: bool
+) -> Iterator[Row]:
     yield mean_row(metric, values, split, higher)
     for name, value in zip(ids, values, strict=True):
         yield Row(metric=metric, value=value, item=name, split=split, higher_is_better=higher)
