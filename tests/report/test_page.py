@@ -132,6 +132,29 @@ def test_nothing_but_a_png_is_a_picture(tmp_path, content):
         render_report(with_picture(tmp_path, content))
 
 
+def with_table(tmp_path, table):
+    folder = write_sample(tmp_path, arms=("a",), seeds=(0, 1))
+    for step in (folder / "steps").glob("test-*"):
+        (step / "figures.json").write_text(json.dumps({"tables": {"Words <b>": table}}))
+    return folder
+
+
+def test_tables_of_steps_are_on_the_page(tmp_path):
+    html = render_report(
+        with_table(tmp_path, {"columns": ["vector", "word"], "rows": [["1", "<i>photo</i>"]]})
+    )
+    assert html.count("Words &lt;b&gt; (a · seed 0, test)</caption>") == 1
+    assert "seed 1, test" not in html, "one seed says enough"
+    assert '<th scope="row">1</th><td>&lt;i&gt;photo&lt;/i&gt;</td>' in html
+    assert 'href="#noted"' in html
+
+
+@pytest.mark.parametrize("table", [{"columns": ["a"], "rows": [["1", "2"]]}, {"rows": []}, 3])
+def test_a_table_must_fit_its_columns(tmp_path, table):
+    with pytest.raises(StoreError, match="no columns, or rows of other lengths"):
+        render_report(with_table(tmp_path, table))
+
+
 def test_strips_of_arms_stand_side_by_side(tmp_path):
     folder = write_sample(tmp_path, arms=("before", "after"), seeds=(0, 1))
     content = base64.b64encode(b"\x89PNG\r\n\x1a\nrest").decode()

@@ -6,7 +6,8 @@ figures.json    {"roc": {NAME: {"fpr": [...], "tpr": [...], "threshold": [...]}}
                  "reliability": {NAME: {"confidence": [...], "share": [...], "counts": [...]}},
                  "curves": {TITLE: {"x": LABEL, "y": LABEL, "lines": {NAME: {"x": [...], "y": [...]}}}},
                  "pictures": {TITLE: {"png": BASE64}},
-                 "grids": {TITLE: {NAME: {"png": BASE64}}}}
+                 "grids": {TITLE: {NAME: {"png": BASE64}}},
+                 "tables": {TITLE: {"columns": [...], "rows": [[...], ...]}}}
                  a `null` threshold means "above every score"; a line may have "low" and "high"; a curve with
                  "shared": true is one picture for all arms; a grid is a table of strips, a row a name and a column an arm
 examples.jsonl  {"prompt": ..., "before": ..., "after": ..., "verdict": ..., further keys shown as they are}

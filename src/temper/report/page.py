@@ -16,6 +16,7 @@ from temper.core.types import Json
 from temper.report import figures
 from temper.report.against import attack_curves, attack_maps, is_attacked
 from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
+from temper.report.noted import noted_tables
 from temper.report.pictures import drawings, grids
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
 
@@ -94,6 +95,7 @@ def _context(view: RunView) -> dict[str, Any]:
         "figures": _figures(view),
         "drawings": drawings(view.steps),
         "grids": grids(view.steps),
+        "noted": noted_tables(view.steps),
         "examples": examples,
         "attempts": list(zip(view.attempts, view.attempt_arms, strict=True))[:MAX_ATTEMPTS],
         "num_attempts": view.num_attempts,

@@ -204,10 +204,11 @@ class DualEncoder(LocalSystem):
         return _unit(torch.stack(each).mean(0))
 
     def logits(self, image_BE: Tensor, class_CE: Tensor) -> Tensor:
-        """Scaled cosines, (B, C); every row of class vectors may also belong to one picture, (B, C, E)."""
-        if class_CE.ndim == 3:
-            return self.logit_scale * torch.einsum("be,bce->bc", image_BE, class_CE)
-        return self.logit_scale * image_BE @ class_CE.T
+        """Scaled cosines, (B, C), in float32 even under autocast; class vectors may also be each picture's own, (B, C, E)."""
+        with torch.autocast(self.device.type, enabled=False):
+            if class_CE.ndim == 3:
+                return self.logit_scale * torch.einsum("be,bce->bc", image_BE, class_CE)
+            return self.logit_scale * image_BE @ class_CE.T
 
     def class_logits(self, pixels_BCHW: Tensor, names: Sequence[str]) -> Tensor:
         """Class scores (B, C) of pixels for classes by name: by what was applied to it, else zero-shot."""

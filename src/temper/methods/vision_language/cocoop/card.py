@@ -7,7 +7,8 @@ Paper         Conditional Prompt Learning for Vision-Language Models. Zhou, Yang
 What you get  A classifier of a frozen CLIP whose text prompt is learned from a few labelled pictures a class. The artefact
               holds the context vectors and the meta-net and nothing else: prompts are built anew for whatever class names are
               asked for. With it the paper's protocols: base to new, other data sets, other domains, zero-shot and a linear
-              probe beside them.
+              probe beside them. The report shows the words nearest to each vector, which visual tokens the score of the
+              right class comes from, and what the shift of each picture changes.
 
 Idea          The words around a class name ("a photo of a ...") decide much of CLIP's accuracy. CoOp replaces them by free
               vectors and trains those alone, through the frozen text tower. Such a prompt fits the classes it was trained on
@@ -34,7 +35,8 @@ Departures    1. Prompts are built from ids; no placeholder word stands in a tex
                  loops over pictures with batch 1.
               5. float32 or bf16 autocast; the released code trains CoCoOp in fp16.
               6. Rows end behind the longest prompt instead of at 77 tokens; what stands behind the end is never read.
-              7. augment: false takes the pictures' vectors once, before training.
+              7. Crops are cut from the picture as the model takes it, resized and cut to its square; the released code
+                 cuts them from the file. augment: false takes the pictures' vectors once, before training.
               8. Without `name` or text labels it stops: prompts of bare numbers mean nothing.
 
 Limits        Classes need names that the tokenizer knows and that fit beside the context. Pictures of other sizes are

@@ -48,6 +48,10 @@ class PromptLearner(nn.Module):
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def without_shift(self) -> PromptLearner:
+        """The context alone, which then no picture moves."""
+        return PromptLearner(self.context.detach())
+
     def class_vectors(self, system: DualEncoder, prompts: Prompts, image_BE: Tensor) -> Tensor:
         """Unit vectors of the classes: (C, E) for CoOp, (B, C, E) for CoCoOp, whose prompts are each picture's own."""
         if self.meta is None:

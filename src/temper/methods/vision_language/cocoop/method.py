@@ -15,7 +15,7 @@ from temper.core.errors import DataError
 from temper.core.types import Row, Run
 from temper.data.schemas import Data, Labelled
 from temper.methods.vision_language.cocoop.card import Config
-from temper.methods.vision_language.cocoop.figures import write_loss, write_pictures
+from temper.methods.vision_language.cocoop.figures import write_loss
 from temper.methods.vision_language.cocoop.learner import (
     FewShot,
     LearnedPrompts,
@@ -32,6 +32,7 @@ from temper.methods.vision_language.cocoop.probe import (
 )
 from temper.methods.vision_language.cocoop.prompts import build_prompts
 from temper.methods.vision_language.cocoop.protocols import (
+    check_new,
     class_name,
     class_names,
     draw_shots,
@@ -39,6 +40,7 @@ from temper.methods.vision_language.cocoop.protocols import (
     of_classes,
     split_classes,
 )
+from temper.methods.vision_language.cocoop.show import show_pictures, show_words
 from temper.ops.precision import autocast
 from temper.ops.stats import wilson
 from temper.ops.train import TrainLog, TrainSettings, train
@@ -58,6 +60,7 @@ def fit(system: DualEncoder, data: Data, config: Config, run: Run) -> Steer:
     with frozen(system.model):
         log = learn(system, learner, shots, names, config, run)
     write_loss(log, config.kind, run)
+    show_words(system, learner, names, run)
     settings = {
         "kind": config.kind,
         "position": config.position,
@@ -140,12 +143,13 @@ def learned_prompts(artefact: Steer, device: torch.device) -> LearnedPrompts:
 
 def measure(system: DualEncoder, data: Data, config: Config, run: Run) -> Iterator[Row]:
     """Accuracy of class prompts, learned or zero-shot: base, new and what follows from them, or all classes and each domain."""
-    records = list(data.records("test", Labelled))
-    names = class_names(records)
+    records, train_rows = list(data.records("test", Labelled)), data.records("train", Labelled)
+    # A class without a test picture still counts among the base or the new ones.
+    names = class_names([*train_rows, *records] if config.protocol == "base-to-new" else records)
     if config.max_rows and len(records) > config.max_rows:
         records = random.Random(run.seed).sample(records, config.max_rows)
     rows = _base_to_new if config.protocol == "base-to-new" else _all_classes
-    for row in rows(system, data.records("train", Labelled), records, names, config, run):
+    for row in rows(system, train_rows, records, names, config, run):
         yield _named(row, config)
     scorer = system.scorer
     trained = scorer.num_parameters if isinstance(scorer, LearnedPrompts) else 0
@@ -172,6 +176,9 @@ def _base_to_new(
     run: Run,
 ) -> Iterator[Row]:
     split = split_classes(names, config.base, config.new)
+    check_new(
+        split.new, scorer.settings["names"] if isinstance(scorer := system.scorer, LearnedPrompts) else ()
+    )
     found = {}
     for group, chosen in (("base", split.base), ("new", split.new)):
         rows = of_classes(records, chosen)
@@ -181,7 +188,7 @@ def _base_to_new(
                 where="base-to-new",
                 cure="It takes at least two classes in each group: give more, or set protocol: all.",
             )
-        found[group] = _accuracy(system, rows, chosen, run, f"{group} classes".capitalize())
+        found[group] = _accuracy(system, rows, chosen, run, f"{group} classes".capitalize(), config.label)
         yield _share(f"accuracy_{group}", found[group], len(rows))
     base, new = found["base"], found["new"]
     yield Row(metric="harmonic_mean", value=harmonic_mean(base, new), higher_is_better=True)
@@ -199,7 +206,9 @@ def _all_classes(
     config: Config,
     run: Run,
 ) -> Iterator[Row]:
-    yield _share("accuracy", _accuracy(system, records, names, run, "All classes"), len(records))
+    yield _share(
+        "accuracy", _accuracy(system, records, names, run, "All classes", config.label), len(records)
+    )
     if config.domain_column:
         shares = {}
         for domain, rows in _domains(records, config).items():
@@ -243,12 +252,17 @@ def _share(metric: str, value: float, num: int, group: str = "") -> Row:
 
 
 def _accuracy(
-    system: DualEncoder, records: Sequence[Labelled], names: Sequence[str], run: Run, title: str = ""
+    system: DualEncoder,
+    records: Sequence[Labelled],
+    names: Sequence[str],
+    run: Run,
+    title: str = "",
+    label: str = "",
 ) -> float:
-    """Share of right answers; with a title the first pictures go to the report."""
+    """Share of right answers; with a title some pictures go to the report."""
     right = _right_answers(system, records, names, run)
     if title:
-        write_pictures(title, [picture_of(record) for record in records], right, run)
+        show_pictures(title, system, records, names, right, label, run)
     return sum(right) / len(right)
 
 

@@ -14,7 +14,16 @@ from temper.core.errors import ConfigError, DataError, nearest
 from temper.data.schemas import Labelled
 from temper.methods.vision_language.cocoop.prompts import readable
 
-__all__ = ["Split", "class_name", "class_names", "draw_shots", "harmonic_mean", "of_classes", "split_classes"]
+__all__ = [
+    "Split",
+    "check_new",
+    "class_name",
+    "class_names",
+    "draw_shots",
+    "harmonic_mean",
+    "of_classes",
+    "split_classes",
+]
 
 
 class Split(NamedTuple):
@@ -76,6 +85,17 @@ def split_classes(names: Sequence[str], base: Sequence[str] = (), new: Sequence[
         tuple(name for name in names if name in learned),
         tuple(name for name in names if name in rest - learned),
     )
+
+
+def check_new(new: Sequence[str], learned: Sequence[str]) -> None:
+    """Raise ConfigError where prompts were learned on a class that counts as new."""
+    known = [name for name in new if name in learned]
+    if known:
+        raise ConfigError(
+            f"{len(known)} of {len(new)} new classes were learned, {known[0]!r} among them",
+            where="base-to-new",
+            cure="Fit with the protocol, base and new that you measure with, on data of the same classes; or set protocol: all.",
+        )
 
 
 def of_classes(records: Sequence[Labelled], names: Sequence[str]) -> list[Labelled]:

@@ -244,6 +244,17 @@ def test_departure_5_bf16_is_autocast(system: DualEncoder) -> None:
     assert not torch.equal(full.tensors["context"], half.tensors["context"])
 
 
+def test_scaled_cosines_are_never_rounded_to_bf16(system: DualEncoder) -> None:
+    """A cosine in bf16 has three digits; times the logit scale that would be a tenth of a nat."""
+    image_BE, class_BCE = (F.normalize(torch.randn(*shape), dim=-1) for shape in ((4, 16), (4, 3, 16)))
+    for classes in (class_BCE, class_BCE[0]):
+        full = system.logits(image_BE, classes)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = system.logits(image_BE, classes)
+        assert half.dtype == torch.float32
+        assert torch.equal(full, half)
+
+
 def test_departure_6_rows_end_behind_the_longest_prompt(system: DualEncoder) -> None:
     prompts = build_prompts(system, NAMES, 4, "end", "")
     assert prompts.embeddings_CTD.shape[1] == prompts.end_C.max() + 1 == 9
@@ -257,6 +268,10 @@ def test_departure_7_vectors_are_taken_once_or_drawn_anew(system: DualEncoder) -
     assert not torch.allclose(looks[0], looks[1])
     assert (looks[0].min() >= 0) & (looks[0].max() <= 1)
     once, anew = (fit(system, shapes(), quick(augment=on), Run()) for on in (False, True))
+    striped = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
+    assert torch.allclose(augment(striped), striped, atol=1e-5), (
+        "nothing comes from outside the picture or from another one"
+    )
     assert not torch.allclose(once.tensors["context"], anew.tensors["context"], atol=1e-7)
     again = fit(system, shapes(), quick(augment=True), Run())
     assert torch.equal(anew.tensors["context"], again.tensors["context"])

@@ -101,6 +101,25 @@ def test_groups_are_measured_among_their_own_names(system: DualEncoder) -> None:
     assert found["trained_parameters"] == 0
 
 
+def test_classes_without_test_pictures_keep_the_halves(system: DualEncoder) -> None:
+    """Ten classes in train, the last of which has no test picture: five are base all the same."""
+    train, test = shapes()["train"], [r for r in shapes(40, "test")["test"] if r.label != 9]  # type: ignore[attr-defined]
+    found = values(system, Data({"train": train, "test": test}), quick())
+    names = class_names(train)  # type: ignore[arg-type]
+    rows = [r for r in test if r.extra["name"] in names[:5]]
+    scores = system.class_logits(system.pixels([r.image for r in rows]), names[:5])  # type: ignore[attr-defined]
+    right = [names[best] == r.extra["name"] for best, r in zip(scores.argmax(1), rows, strict=True)]
+    assert found["accuracy_base"] == pytest.approx(np.mean(right))
+
+
+def test_learned_classes_are_not_new(system: DualEncoder) -> None:
+    artefact = fit(system, shapes(), quick(protocol="all"), Run())
+    with artefact.apply(system) as changed:
+        with pytest.raises(ConfigError, match=r"5 of 5 new classes were learned, 'star' among them"):
+            values(changed, shapes(part="test"), quick())
+        assert "accuracy" in values(changed, shapes(part="test"), quick(protocol="all"))
+
+
 def test_domains(system: DualEncoder) -> None:
     rows = load_world("captions:DOM32:test", 80)["test"]
     config = quick(protocol="all", domain_column="style", source_domain="flat", label="there")
@@ -125,7 +144,8 @@ def test_a_linear_probe_separates_what_can_be_separated(system: DualEncoder) -> 
         for at in range(12)
     ]
     assert probe_accuracy(system, rows[:8], rows[8:]) == 1.0
-    data = Data({"train": rows[:8], "test": shapes(part="test")["test"]})
+    few = [row for row in shapes()["train"] if row.label > 7]  # type: ignore[attr-defined]
+    data = Data({"train": few, "test": shapes(part="test")["test"]})
     with pytest.raises(DataError, match=r"no training picture"):
         values(system, data, quick(probe=True))
     with pytest.raises(DataError, match="needs the part train"):
