@@ -18,7 +18,7 @@ Maths         h, m          the MLP's input and m = act(W_gate h) * (W_up h), or
               Finding       strength(v) = mean of its k top logits; a layer's weakest share is dropped; candidates are those with
                             most of the lexicon in top(v), over all layers
               drop          log p(y | x) under the model - the same with v zeroed (or noised), a token; y its own answer to x
-              selectivity   mean drop on target questions - mean drop on unrelated ones; the candidate with most is chosen
+              selectivity   mean drop on target questions - |mean drop on unrelated ones|; the candidate with most is chosen
               Intrinsic     cosine(v, v') <= 1, |v' - v|, |v' - v| / |v|, |top(v) & top(v')| / |top(v) | top(v')|, each projected
                             with its own model's E; preciser ratio |top(v') & lexicon| / |top(v) & lexicon|; related tokens rate
                             |top(v) & top(v') & lexicon| / |top(v) & lexicon|; drift |E' - E| / |E|

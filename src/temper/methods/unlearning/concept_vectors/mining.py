@@ -58,7 +58,8 @@ class Candidate(NamedTuple):
 
     @property
     def selectivity(self) -> float:
-        return self.target_drop - self.unrelated_drop
+        # A vector without which unrelated answers gain is as little the concept's alone.
+        return self.target_drop - abs(self.unrelated_drop)
 
     def columns(self) -> dict[str, Json]:
         """As it stands in an item's column Candidates."""

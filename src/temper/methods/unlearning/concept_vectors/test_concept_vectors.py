@@ -123,7 +123,7 @@ def test_departure_2_what_own_answers_lose(system: Any, people: Data) -> None:
     with replaced(system.model, [place], torch.zeros(1, 32)):
         after = response_logprobs(system, rows, reduce="mean", run=Run())
     assert tested.target_drop == pytest.approx(float((before - after).mean()), abs=1e-6)
-    assert tested.selectivity == tested.target_drop - tested.unrelated_drop
+    assert tested.selectivity == tested.target_drop - abs(tested.unrelated_drop)
     noisy = Config(**{**vars(TINY), "validate_by": "noise"})
     (first,) = mining._validated(system, item, [mining.Candidate(place, 0, 0.0)], noisy, Run())
     (again,) = mining._validated(system, item, [mining.Candidate(place, 0, 0.0)], noisy, Run())
@@ -162,7 +162,7 @@ def test_made_items_name_a_vector_a_control_and_both_halves(mined: Data, people:
         )
         assert not set(item.asked.unrelated) & set(item.probes.unrelated)
         candidates = item.record.extra["Candidates"]
-        gains = [c["Target_drop"] - c["Unrelated_drop"] for c in candidates]
+        gains = [c["Target_drop"] - abs(c["Unrelated_drop"]) for c in candidates]
         assert gains == pytest.approx(sorted(gains, reverse=True), abs=1e-4)
         assert (candidates[0]["Layer"], candidates[0]["Dim"]) == tuple(item.place)
     assert mined["retain"] == people["retain"]
