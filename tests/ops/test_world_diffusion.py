@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from temper.data.worlds.captions.words import SHAPES
+from temper.data.worlds.captions.sets import SETS, part_scenes
+from temper.data.worlds.captions.words import SHAPES, STYLE_PHRASES
+from temper.ops import world_models
 from temper.ops.world_models import clip, diffusion
-from temper.systems.diffusion import load_diffusion
+from temper.ops.world_models.attributes import Seen
+from temper.systems.diffusion import Diffusion, load_diffusion
+from temper.systems.image_classifier import ImageClassifier
+from temper.systems.loading import load_base
 from temper.systems.wanted import Wanted
 
 SHORT = {"steps": 2, "batch": 4, "num_pictures": 20}
@@ -47,6 +52,53 @@ def test_training_again_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) 
     assert found[0] == found[1]
 
 
+def test_rates_are_what_the_judge_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that sees a star everywhere, and one that reads every scene but the shape of the first."""
+    judge, system = load_base("tiny:resnet"), load_diffusion("tiny:unet", Wanted())
+    asked: list[str] = []
+    monkeypatch.setattr(Diffusion, "conditions", lambda self, texts: asked.extend(texts))
+    monkeypatch.setattr(Diffusion, "draw_pixels", lambda self, *settings: torch.zeros(1))
+    monkeypatch.setattr(diffusion, "read_attributes", lambda *both: Seen({"shape": ["star"] * 20}, {}))
+    found = diffusion.judged_classes(system, judge, num_each=2)
+    assert found == {shape: float(shape == "star") for shape in SHAPES}
+    scenes = part_scenes(SETS["CAP16"].parts["val"], "val", 4)
+    names = {
+        "shape": ["?", *(scene.things[0].shape for scene in scenes[1:])],
+        "colour": [scene.things[0].colour for scene in scenes],
+        "style": [scene.style for scene in scenes],
+    }
+    monkeypatch.setattr(diffusion, "read_attributes", lambda *both: Seen(names, {}))
+    asked.clear()
+    assert diffusion.judged_texts(system, judge, 4) == {"shape": 0.75, "colour": 1.0, "style": 1.0}
+    for scene, text in zip(scenes, asked, strict=True):
+        assert text.startswith(STYLE_PHRASES[scene.style]), (
+            "a caption that names no style cannot be judged by it"
+        )
+
+
 def test_parameters_are_told_apart() -> None:
     assert dict(diffusion.MODELS["diffusion"].parameters) != dict(diffusion.MODELS["classes"].parameters)
     assert diffusion.MODELS["diffusion"].needs == ("clip",)
+
+
+def judged(name: str) -> tuple[Diffusion, ImageClassifier]:
+    """A model and its judge; trains them where they are not there."""
+    for each in (name, "attributes"):
+        world_models.ensure(each)
+    system, judge = load_base(f"world:{name}"), load_base("world:attributes")
+    assert isinstance(system, Diffusion)
+    assert isinstance(judge, ImageClassifier)
+    return system, judge
+
+
+@pytest.mark.slow
+def test_captions_are_drawn_as_well_as_it_is_said() -> None:
+    """What the judge reads in drawings after captions that name shape, colour and style."""
+    found = diffusion.judged_texts(*judged("diffusion"))
+    assert all(found[name] >= least for name, least in diffusion.QUALITY.items()), found
+
+
+@pytest.mark.slow
+def test_classes_are_drawn_as_well_as_it_is_said() -> None:
+    found = diffusion.judged_classes(*judged("classes"), num_each=20)
+    assert sum(found.values()) / len(found) >= diffusion.CLASS_QUALITY, found

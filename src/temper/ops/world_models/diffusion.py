@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,24 @@ from temper.data.worlds.captions.text import captions
 from temper.data.worlds.captions.words import SHAPES
 from temper.ops.diffusion import DenoiseObjective, averaged
 from temper.ops.train import TrainSettings, train
+from temper.ops.world_models.attributes import read_attributes
 from temper.ops.world_models.base import WorldModel
 from temper.systems.diffusion import Condition, Diffusion
 from temper.systems.dual_encoder import DualEncoder, load_dual_encoder
+from temper.systems.image_classifier import ImageClassifier
 from temper.systems.pipelines import PIPELINE_RULES, save_pipeline
 from temper.systems.wanted import Wanted
 
-__all__ = ["CLASSES", "MODELS", "TEXTS", "build_classes", "build_texts", "train_denoiser"]
+__all__ = [
+    "CLASSES",
+    "MODELS",
+    "TEXTS",
+    "build_classes",
+    "build_texts",
+    "judged_classes",
+    "judged_texts",
+    "train_denoiser",
+]
 
 SHARED: dict[str, Json] = {
     "version": 1,
@@ -61,6 +73,12 @@ CLASSES: dict[str, Json] = {
     "clip": True,
     "steps": 1200,
 }
+SAMPLE_STEPS, GUIDANCE = 20, 2.5
+"""How both are judged."""
+QUALITY = {"shape": 0.88, "colour": 0.93, "style": 0.86}
+"""What `judged_texts` gives at least."""
+CLASS_QUALITY = 0.88
+"""What `judged_classes` gives at least, over all shapes."""
 UNET = {"sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 8}
 
 
@@ -108,7 +126,7 @@ def build_texts(parameters: Mapping[str, Json], clip: DualEncoder) -> Diffusion:
 def train_denoiser(
     system: Diffusion, pixels_NCHW: Tensor, condition: Condition, parameters: Mapping[str, Json]
 ) -> None:
-    """Train the UNet in place to predict noise; it ends as the running average of its weights, in eval mode."""
+    """Train the UNet in place to take noise away; it ends as the running average of its weights, in eval mode."""
     average = averaged(system.model, float(parameters["average"]))
     settings = TrainSettings(
         lr=float(parameters["lr"]),
@@ -132,6 +150,41 @@ def train_denoiser(
     average.update_parameters(system.model)
     system.model.load_state_dict(average.module.state_dict())
     system.model.eval()
+
+
+def judged_texts(system: Diffusion, judge: ImageClassifier, num: int = 400) -> dict[str, float]:
+    """Share of drawings in which the judge reads the shape, colour and style of their captions, which name all three.
+
+    `world:diffusion` has 94, 97 and 92 %. The judge itself names 99.5, 99.6 and 97.8 % of the real pictures; every style it
+    misses here it takes for mosaic, which the model was never shown.
+    """
+    world = SETS[str(TEXTS["set"])].parts["val"]
+    scenes = part_scenes(world, "val", num)
+    said = captions(scenes, replace(world.captions, style_share=1.0))
+    seen = read_attributes(judge, system.draw_pixels(system.conditions(said), SAMPLE_STEPS, 0, GUIDANCE))
+    wanted = {
+        "shape": [scene.things[0].shape for scene in scenes],
+        "colour": [scene.things[0].colour for scene in scenes],
+        "style": [scene.style for scene in scenes],
+    }
+    return {name: _share(seen.names[name], values) for name, values in wanted.items()}
+
+
+def judged_classes(
+    system: Diffusion, judge: ImageClassifier, num_each: int = 40, guidance: float = GUIDANCE
+) -> dict[str, float]:
+    """Shape -> share of its drawings in which the judge reads it: over all 94 % of `world:classes`, 77 % at guidance 1."""
+    asked = [shape for shape in SHAPES for _ in range(num_each)]
+    pixels_BCHW = system.draw_pixels(system.conditions(asked), SAMPLE_STEPS, 0, guidance)
+    seen = read_attributes(judge, pixels_BCHW).names["shape"]
+    return {
+        shape: _share(seen[at : at + num_each], asked[at : at + num_each])
+        for at, shape in zip(range(0, len(asked), num_each), SHAPES, strict=True)
+    }
+
+
+def _share(seen: list[str], wanted: list[str]) -> float:
+    return sum(map(str.__eq__, seen, wanted)) / len(wanted)
 
 
 def _scheduler(parameters: Mapping[str, Json]) -> Any:
