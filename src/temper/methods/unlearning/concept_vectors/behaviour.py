@@ -24,6 +24,7 @@ __all__ = [
     "answers_of",
     "asks_of",
     "behaviour_rows",
+    "ids_of",
     "jailbreak",
     "selectivity_by_question",
     "write_examples",
@@ -126,8 +127,8 @@ def behaviour_rows(
         if ask.kind in SCORED
     }
     for kind in SCORED:
-        here = {ask.id: drops[ask.id] for ask in asks if ask.kind == kind}
-        yield from _each(f"{kind}_drop_nats", kind, kind == TARGET, here)
+        lost_here = {ask.id: drops[ask.id] for ask in asks if ask.kind == kind}
+        yield from _each(f"{kind}_drop_nats", kind, kind == TARGET, lost_here)
     # A drop plays the part of what is lost of likeness.
     lost = {name: 1 - drop for name, drop in drops.items()}
     yield from _each("selectivity_nats", TARGET, True, selectivity_by_question(asks, lost))

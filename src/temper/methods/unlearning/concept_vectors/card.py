@@ -59,7 +59,8 @@ from typing import Literal
 
 from temper.core.card import Card, Claim
 
-ATTACKS = ("role", "relative", "in_context", "german")
+Attack = Literal["role", "relative", "in_context", "german"]
+ATTACKS: tuple[Attack, ...] = ("role", "relative", "in_context", "german")
 ORIGINAL = "original"
 
 
@@ -104,7 +105,7 @@ class Config:
     put on the base (`step:ID` of a fit), a system spec, or `original`: the base without artefacts. Empty: this is the original."""
     reply_tokens: int = 100
     """`measure`: longest answer (paper: 100)."""
-    attacks: tuple[Literal["role", "relative", "in_context", "german"], ...] = ATTACKS
+    attacks: tuple[Attack, ...] = ATTACKS
     """`measure`: jailbreaks to try; empty = none."""
     page_chars: int = 2000
     """`measure`: characters of the page that the in-context attack shows (paper: 2000)."""
