@@ -147,7 +147,8 @@ def load_original(system: CausalLM, items: Sequence[Item], config: Config, run: 
     if found is not None:
         return _checked(read_state(found), items, config, str(found))
     is_artefact = (path / "artefact.json").is_file()
-    if kept and not is_artefact and not (path / "config.json").is_file():
+    is_file = path.suffix == ".jsonl"
+    if (kept or is_file) and not is_artefact and not (path / "config.json").is_file():
         raise ConfigError(
             "There is no recorded original",
             where=config.reference,

@@ -271,8 +271,9 @@ def test_an_original_of_two_steps_is_put_on_the_base(system: Any, mined: Data, t
 
 def test_wrong_originals_are_refused(system: Any, mined: Data, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no recorded original"):
-        list(measure(system, mined, Config(reference=str(tmp_path / "empty")), Run()))
+    for wrong in (tmp_path / "empty", tmp_path / "nothing" / "rows.jsonl"):
+        with pytest.raises(ConfigError, match="no recorded original"):
+            list(measure(system, mined, Config(reference=str(wrong)), Run()))
     list(measure(system, mined, FAST, Run(folder=tmp_path / "few")))
     more = Config(**{**vars(FAST), "reference": str(tmp_path / "few"), "num_questions": 2})
     with pytest.raises(ConfigError, match="asked other questions"):
