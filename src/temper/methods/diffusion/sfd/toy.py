@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from temper.core.errors import ConfigError
 from temper.core.types import Row, Run
 from temper.methods.diffusion.sfd.card import ONE_STEP, Config
 from temper.methods.diffusion.sfd.distil import Log, Problem, init_level, train
@@ -135,7 +136,7 @@ def _taught(num_steps: int, seed: int) -> Points:
 
 def problem_of(model: Points, config: Config) -> Problem:
     """The toy as the training loops take it; amax and prob ask which centre is nearest."""
-    forget, override = int(config.forget), int(config.override)
+    forget, override = _classes(config)
 
     def labelled(class_B: Tensor) -> Condition:
         return Condition(labels_B=class_B)
@@ -162,6 +163,18 @@ def problem_of(model: Points, config: Config) -> Problem:
         sample=lambda net, condition, seed: draw(net, condition, config, seed, is_one_step=False),
         nothing=lambda num: labelled(torch.full((num,), NULL)),
     )
+
+
+def _classes(config: Config) -> tuple[int, int]:
+    """The toy's forgotten class and its override; raises ConfigError for what is no class of it."""
+    for name, value in (("forget", config.forget), ("override", config.override)):
+        if str(value) not in map(str, range(NUM_CLASSES)):
+            raise ConfigError(
+                f"The toy has no class {value!r}: its classes are 0 to {NUM_CLASSES - 1}",
+                where=name,
+                cure="Leave the toy out: --recipe shapes.",
+            )
+    return int(config.forget), int(config.override)
 
 
 @torch.no_grad()
@@ -209,8 +222,9 @@ def measure(config: Config, run: Run) -> tuple[list[Row], dict[str, Any]]:
 
 def _rows(x_N2: Tensor, class_N: Tensor, config: Config, seed: int) -> Iterator[Row]:
     names = tuple(map(str, range(NUM_CLASSES)))
-    override = int(config.override) if config.override_mode == "fixed" else None
-    wanted = Wanted(tuple(class_N.tolist()), class_N, names, int(config.forget), override)
+    forget, override = _classes(config)
+    shown = override if config.override_mode == "fixed" else None
+    wanted = Wanted(tuple(class_N.tolist()), class_N, names, forget, shown)
     yield from rate_rows(scores(x_N2), wanted)
     kept_N = ~wanted.forgotten_N
     num = int(kept_N.sum())
