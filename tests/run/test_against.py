@@ -5,7 +5,7 @@ import json
 import pytest
 
 from temper.core.errors import ConfigError
-from temper.report.against import attack_curves, attack_maps
+from temper.report.against import attack_curves, attack_maps, bills
 from temper.report.page import render_report
 from temper.run.against import with_opponents
 from temper.run.execute import run_recipe
@@ -119,3 +119,109 @@ def test_opponents_at_the_top_go_to_the_last_fit():
 def test_what_cannot_be_meant_is_refused(steps, message):
     with pytest.raises(ConfigError, match=message):
         with_opponents(parse_recipe({"steps": steps}, name="n", where="here").steps, "here")
+
+
+DEFENCES = """
+system: tiny:llama
+limit: 3
+options: {batch_tokens: 512}
+steps:
+  - id: forget
+    fit: npo
+    data: builtin:people:forget
+    settings: {loss: ga, mode: lora, rank: 2, batch_rows: 3, num_epochs: 1, min_steps: 0, watch_every: 0, lr: 0.01}
+    against:
+      - {id: 4-bit, fit: tampering, settings: {how: quantise}}
+  - {id: score, measure: npo, system: base+forget, data: "builtin:people:forget", settings: {reply_tokens: 0}}
+arms:
+  ga: {}
+"""
+
+
+RANK = """
+rank:
+  - {metric: forget_probability, as: forgotten, step: score}
+  - {metric: forget_probability, as: stored, step: score, under: 4-bit}
+"""
+
+
+def test_arms_are_the_columns_of_one_map_and_missing_cells_run_on_re_run(tmp_path):
+    path, out = tmp_path / "hold.yaml", str(tmp_path / "runs")
+    path.write_text(DEFENCES)
+    assert set(run_recipe(str(path), out=out).outcomes.values()) == {"ran"}
+    opponent = "      - {id: 4-bit, fit: tampering, settings: {how: quantise}}\n"
+    prune = opponent.replace("4-bit", "prune").replace("quantise", "prune")
+    path.write_text(
+        DEFENCES.replace(opponent, opponent + prune) + "  npo: {forget: {settings: {loss: npo}}}\n"
+    )
+    path.write_text(path.read_text() + RANK)
+    result = run_recipe(str(path), out=out)
+    names = {step.name: step.id for step in result.plan.steps}
+    known = {"forget", "forget-4-bit", "forget-4-bit-plain", "score", "score-plain"}
+    known |= {"score-forget-4-bit", "score-forget-4-bit-plain"}
+    reused = [names[name] for name, outcome in result.outcomes.items() if outcome == "reused"]
+    assert sorted(reused) == sorted(known)
+    ran = [names[name] for name, outcome in result.outcomes.items() if outcome == "ran"]
+    assert ran.count("forget") == ran.count("forget-4-bit") == 1
+    assert ran.count("forget-prune") == 2
+    assert ran.count("forget-prune-plain") == 1
+    rows = list(result.folder.rows())
+    chosen = next(found for found in attack_maps(rows) if found.metric == "forget_probability")
+    assert chosen.arms == ["ga", "npo", "plain"]
+    assert chosen.groups == ["none", "4-bit", "prune"]
+    assert all(cell is not None and cell.low is not None for line in chosen.cells for cell in line)
+    page = render_report(result.folder.path)
+    assert '<th scope="col">npo</th><th scope="col">plain</th>' in page
+    assert "Budgets of the attacks" in page
+    assert '<th scope="col">forgotten</th><th scope="col">stored</th>' in page
+    assert "Holm-corrected over 2 tests" in page
+    (found,) = [bill for bill in bills_of(result) if bill.attack == "4-bit"]
+    assert found.limits == "none"
+    assert "seconds" in found.fitted
+
+
+def bills_of(result):
+    return bills((step.label, result.folder.step(step.name).done()) for step in result.plan.steps)
+
+
+def test_choices_of_a_matrix_are_columns_too(tmp_path):
+    path = tmp_path / "hold.yaml"
+    path.write_text(DEFENCES + "matrix: {seed: [0, 1], forget.beta: [0.1, 0.5], forget.loss: [npo]}\n")
+    result = run_recipe(str(path), out=str(tmp_path / "runs"))
+    chosen = next(m for m in attack_maps(list(result.folder.rows())) if m.metric == "forget_probability")
+    assert chosen.arms == [f"ga, forget.beta {beta}, forget.loss npo" for beta in (0.1, 0.5)] + ["plain"]
+    assert [cell.num_seeds for line in chosen.cells for cell in line] == [2] * 6
+
+
+def test_a_plain_system_of_each_arms_own_stays_with_its_arm(tmp_path):
+    path = tmp_path / "hold.yaml"
+    text = DEFENCES.replace("steps:\n", "steps:\n  - {id: first, fit: tampering, settings: {how: prune}}\n")
+    text = text.replace(
+        "data: builtin:people:forget\n    settings: {loss",
+        "system: base+first\n    data: builtin:people:forget\n    settings: {loss",
+    )
+    text = text.replace("system: base+forget", "system: base+first+forget")
+    path.write_text(text + "  more: {first: {settings: {sparsity: 0.5}}}\n")
+    result = run_recipe(str(path), out=str(tmp_path / "runs"))
+    chosen = next(m for m in attack_maps(list(result.folder.rows())) if m.metric == "forget_probability")
+    assert sorted(chosen.arms) == ["ga", "ga, plain", "more", "more, plain"]
+
+
+def test_bills_say_what_ended_an_attack():
+    def step(seconds, stopped, defended):
+        used = {"queries": 4, "steps": 2, "tokens": 1200, "seconds": seconds, "stopped_by": stopped}
+        label = {"opponent": "a", "budget": {"steps": 2}, "defended": defended, "look": ""}
+        return {"against": label}, {"used": used, "limits": {"steps": 2}}
+
+    steps = [
+        step(1.0, "steps", True),
+        step(2.5, "", True),
+        step(3.0, "", False),
+        ({}, {}),
+        ({"against": {}}, {}),
+    ]
+    (found,) = bills(steps)
+    assert found.attack == "a steps 2"
+    assert found.limits == "2 steps"
+    assert found.fitted == "4 queries, 2 steps, 1,200 tokens, 1.0 to 2.5 seconds; stopped by its steps"
+    assert found.plain == "4 queries, 2 steps, 1,200 tokens, 3.0 seconds"

@@ -14,13 +14,15 @@ from temper.cli import requests as req
 from temper.cli.bar import make_ticker
 from temper.cli.output import AsJson, print_json, print_table, say, seconds_text
 from temper.cli.plan import describe_cost
-from temper.core.types import Ticker
-from temper.report.against import attack_maps, is_attacked
+from temper.core.errors import DataError
+from temper.core.types import Row, Ticker
+from temper.report.against import attack_maps, bills, is_attacked
 from temper.report.tables import Cell, HeatMap, SummaryRow, format_interval, format_value, summary_table
 from temper.run.estimate import check_cost, estimate
 from temper.run.execute import CellRunner, RunResult, execute
 from temper.run.plan import Plan, PlannedStep, make_plan
 from temper.run.progress import silent
+from temper.run.ranking import Column, rank_arms, rank_lines, ranking_note
 from temper.run.ranks import is_follower, is_worker
 from temper.store import lines
 
@@ -129,16 +131,33 @@ def _show(result: RunResult, as_json: bool) -> None:
         print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
     if len(table.rows) > NUM_SHOWN:
         say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
+    _show_ranking(rows, result.plan.pipeline.rank)
     maps = attack_maps(rows)
     for attacked in maps[:MAPS_SHOWN]:
         print_table((attacked.metric, *attacked.arms), _attack_lines(attacked))
     if len(maps) > MAPS_SHOWN:
         say(f"... {len(maps) - MAPS_SHOWN} more metrics under attack: see the report (--report)")
+    paid = bills((step.label, folder.step(step.name).done()) for step in result.plan.steps)
+    if paid:
+        print_table(("budget of", "limit", "used on the fitted", "used on the plain"), paid)
     for step in result.plan.steps:
         if step.verb == "fit" and "against" not in step.label:
             print(f"{step.id} (seed {step.seed}): {_spec(step, folder.step(step.name).path)}")
     print(folder.path)
     sys.stdout.flush()
+
+
+def _show_ranking(rows: Sequence[Row], columns: Sequence[Column]) -> None:
+    """The arms in order; a column that this run cannot fill is said, for the rows are whole without it."""
+    try:
+        ranking = rank_arms(rows, columns) if columns else None
+    except DataError as error:
+        say(str(error))
+        return
+    if ranking:
+        head, *lines = rank_lines(ranking)
+        print_table(head, lines)
+        print(ranking_note(ranking))
 
 
 def _attack_lines(attacked: HeatMap) -> list[list[str]]:

@@ -1,21 +1,32 @@
-"""Rows of attacked fits: each metric as a map of attacks by defences, and as curves over the attacker's budget."""
+"""Rows of attacked fits: each metric as a map of attacks by defences, as curves over the attacker's budget, and the bill."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from temper.core.budget import UNITS
 from temper.core.types import Json, Row
 from temper.report.tables import HeatMap, SummaryRow, summary_table
+from temper.run.budgets import attack_of
 
-__all__ = ["attack_curves", "attack_maps", "is_attacked"]
+__all__ = ["Bill", "attack_curves", "attack_maps", "bills", "is_attacked"]
 
 UNATTACKED = "none"
 PLAIN = "plain"
 DEFENDED = "fitted"
 MAX_CURVES = 6
 CAPTION = "The fitted system and the plain one, attacked with the same budget."
+
+
+class Bill(NamedTuple):
+    """What an attack was allowed, and what it used on the fits and on the plain system; texts."""
+
+    attack: str
+    limits: str
+    fitted: str
+    plain: str
 
 
 def is_attacked(row: Row) -> bool:
@@ -62,7 +73,7 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
     seen = {row.metric for row in rows if is_attacked(row)}
     looks = {row.facts["against"].get("look") for row in rows if is_attacked(row)}
     kept = [row for row in rows if is_attacked(row) or row.facts.get("step") in looks]
-    named = [_named(row) for row in kept if row.metric in seen and not row.group]
+    named = _all_named([row for row in kept if row.metric in seen and not row.group])
     out: dict[tuple[str, str], list[SummaryRow]] = {}
     for line in summary_table(named, groups=True).rows:
         out.setdefault((line.metric, line.split), []).append(line)
@@ -74,26 +85,73 @@ def _is_known(line: SummaryRow) -> bool:
     return line.group != UNATTACKED and any(cell.value is not None for cell in line.cells.values())
 
 
-def _named(row: Row) -> Row:
-    """The row with its attack as the group and its defence as the arm."""
-    label: Mapping[str, Json] = row.facts.get("against") or {
-        "opponent": UNATTACKED,
-        "budget": {},
-        "defended": True,
-    }
-    arm = str(label.get("arm", row.arm))
+def _all_named(rows: Sequence[Row]) -> list[Row]:
+    """The rows, named; a plain system that all arms have in common comes once, after them."""
+    plain = [row for row in rows if not _label(row)["defended"]]
+    steps: dict[str, set[str]] = {}
+    for row in plain:
+        step = [row.facts.get("step"), row.facts.get("seed")]
+        steps.setdefault(str(step), set()).add(str(row.facts.get("step_hash")))
+    if any(len(found) > 1 for found in steps.values()):
+        return [_named(row) for row in rows]
+    fitted = [_named(row) for row in rows if _label(row)["defended"]]
+    once = {(r.facts.get("step_hash"), r.metric, r.split, r.item): r for r in reversed(plain)}
+    return fitted + [_named(row, is_shared=True) for row in reversed(once.values())]
+
+
+def _label(row: Row) -> Mapping[str, Json]:
+    return row.facts.get("against") or {"opponent": UNATTACKED, "budget": {}, "defended": True}
+
+
+def _named(row: Row, *, is_shared: bool = False) -> Row:
+    """The row with its attack as the group and its defence as the arm; every choice of the matrix is one."""
+    label = _label(row)
+    matrix = row.facts.get("matrix") or {}
+    named = [str(label.get("arm", row.arm)), *(f"{key} {value}" for key, value in matrix.items())]
+    arm = "" if is_shared else ", ".join(part for part in named if part)
     parts = [arm, "" if label["defended"] and arm else DEFENDED if label["defended"] else PLAIN]
     facts = {**row.facts, "step": label.get("look", row.facts.get("step"))}
-    return replace(row, group=_attack(label), arm=", ".join(part for part in parts if part), facts=facts)
-
-
-def _attack(label: Mapping[str, Json]) -> str:
-    return " ".join([str(label["opponent"]), *(f"{key} {value}" for key, value in label["budget"].items())])
+    return replace(row, group=attack_of(label), arm=", ".join(part for part in parts if part), facts=facts)
 
 
 def _cells(found: Sequence[SummaryRow]) -> tuple[list[str], list[str], list[list[Any]]]:
     arms = list(dict.fromkeys(arm for line in found for arm in line.cells))
     return arms, [line.group for line in found], [[line.cells.get(arm) for line in found] for arm in arms]
+
+
+def bills(steps: Iterable[tuple[Mapping[str, Json], Mapping[str, Json]]]) -> list[Bill]:
+    """A line for each attack from its steps' facts and what `done.json` holds of them; one that did not end has none."""
+    found: dict[str, tuple[dict[str, float], dict[bool, list[Mapping[str, Json]]]]] = {}
+    for facts, done in steps:
+        label = facts.get("against")
+        if label and not label.get("look") and "used" in done:
+            _, used = found.setdefault(attack_of(label), (dict(done.get("limits") or {}), {}))
+            used.setdefault(bool(label["defended"]), []).append(done["used"])
+    return [
+        Bill(
+            attack,
+            ", ".join(f"{most:g} {unit}" for unit, most in limits.items()) or "none",
+            _spent(used.get(True, [])),
+            _spent(used.get(False, [])),
+        )
+        for attack, (limits, used) in found.items()
+    ]
+
+
+def _spent(used: Sequence[Mapping[str, Json]]) -> str:
+    """Each unit's least and most, and what ended some of the attacks."""
+    parts = []
+    for unit in UNITS:
+        values = [float(one[unit]) for one in used]
+        low, high = (f"{value:,.1f}" if unit == "seconds" else f"{value:,.0f}" for value in _ends(values))
+        if any(values):
+            parts.append(f"{low if low == high else f'{low} to {high}'} {unit}")
+    ends = dict.fromkeys(str(one["stopped_by"]) for one in used if one.get("stopped_by"))
+    return ", ".join(parts) + (f"; stopped by its {' and '.join(ends)}" if ends else "")
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values, default=0.0), max(values, default=0.0)
 
 
 def _budgets(rows: Iterable[Row]) -> dict[str, tuple[str, dict[float, str]]]:
@@ -103,7 +161,7 @@ def _budgets(rows: Iterable[Row]) -> dict[str, tuple[str, dict[float, str]]]:
         label = row.facts["against"]
         for setting, value in label["budget"].items():
             if isinstance(value, int | float):
-                found.setdefault(label["opponent"], (setting, {}))[1][float(value)] = _attack(label)
+                found.setdefault(label["opponent"], (setting, {}))[1][float(value)] = attack_of(label)
     return {name: (setting, steps) for name, (setting, steps) in found.items() if len(steps) > 1}
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from temper.core.errors import NeedsError, StoreError
+from temper.core.errors import DataError, NeedsError, StoreError
 from temper.core.types import Json
 from temper.report import figures
-from temper.report.against import attack_curves, attack_maps, is_attacked
+from temper.report.against import attack_curves, attack_maps, bills, is_attacked
 from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
 from temper.report.noted import noted_tables
 from temper.report.pictures import drawings, grids
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
+from temper.run.ranking import columns_from, rank_arms, rank_lines, ranking_note
 
 __all__ = ["Setting", "render_report", "write_report"]
 
@@ -92,6 +93,8 @@ def _context(view: RunView) -> dict[str, Any]:
             )
             if maps
         ],
+        "ranked": _ranked(view),
+        "bills": bills((step.record, step.done) for step in view.steps),
         "figures": _figures(view),
         "drawings": drawings(view.steps),
         "grids": grids(view.steps),
@@ -105,6 +108,16 @@ def _context(view: RunView) -> dict[str, Any]:
         "request": _flat(record.get("request") or {}),
         "costs": _costs(view),
     }
+
+
+def _ranked(view: RunView) -> dict[str, Any] | None:
+    """The arms in order, where the recipe ranks them; the reason where this run cannot."""
+    columns = columns_from(view.record.get("rank"))
+    try:
+        ranking = rank_arms(view.rows, columns) if columns else None
+    except DataError as error:
+        return {"lines": [], "note": str(error)}
+    return {"lines": rank_lines(ranking), "note": ranking_note(ranking)} if ranking else None
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:
@@ -239,7 +252,7 @@ def _costs(view: RunView) -> list[tuple[str, str, str, str, str]]:
     for step in view.steps:
         done = step.done
         memory = done.get("peak_rss_bytes")
-        tokens = done.get("num_tokens")
+        tokens = (done.get("used") or {}).get("tokens")
         out.append(
             (
                 step.label,

@@ -15,6 +15,7 @@ from temper.core.budget import UNITS
 from temper.core.errors import ConfigError
 from temper.core.spec import ArtefactRef, SystemSpec, parse_system
 from temper.core.types import Json
+from temper.run.budgets import attack_of
 from temper.run.recipe import BASE, Opponent, Step
 
 __all__ = ["attack_name", "with_opponents"]
@@ -22,8 +23,7 @@ __all__ = ["attack_name", "with_opponents"]
 
 def attack_name(label: Mapping[str, Json]) -> str:
     """The attack that a label is about, and whether the fit was there: "relearn num_steps 20, plain"."""
-    parts = [str(label["opponent"]), *(f"{key} {value}" for key, value in label["budget"].items())]
-    return " ".join(parts) + ("" if label["defended"] else ", plain")
+    return attack_of(label) + ("" if label["defended"] else ", plain")
 
 
 def with_opponents(steps: Sequence[Step], where: str) -> tuple[Step, ...]:

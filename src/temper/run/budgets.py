@@ -9,7 +9,7 @@ from temper.core.budget import UNITS
 from temper.core.errors import ConfigError
 from temper.core.types import Json
 
-__all__ = ["Budgets", "parse_budget"]
+__all__ = ["Budgets", "attack_of", "parse_budget"]
 
 
 class Budgets(NamedTuple):
@@ -17,6 +17,11 @@ class Budgets(NamedTuple):
 
     each: tuple[Mapping[str, Json], ...]
     limits: Mapping[str, float]
+
+
+def attack_of(label: Mapping[str, Json]) -> str:
+    """The attack that a row's label is about, with its budget: "relearn num_steps 20"."""
+    return " ".join([str(label["opponent"]), *(f"{key} {value}" for key, value in label["budget"].items())])
 
 
 def parse_budget(raw: Json, where: str) -> Budgets:

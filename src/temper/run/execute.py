@@ -20,6 +20,7 @@ from temper.run.against import attack_name
 from temper.run.facts import environment
 from temper.run.plan import Cell, Plan, PlannedStep, Request, make_plan
 from temper.run.progress import silent
+from temper.run.ranking import columns_record
 from temper.run.ranks import is_worker, launch_folder
 from temper.run.steps import Outcome, Worker, run_step
 from temper.store import lines
@@ -163,6 +164,7 @@ def _record(plan: Plan) -> dict[str, Json]:
     return {
         "name": plan.pipeline.name,
         "method": plan.pipeline.method,
+        "rank": columns_record(plan.pipeline.rank),
         "plan": plan.hash,
         "request": {
             "source": request.source,

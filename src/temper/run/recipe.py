@@ -14,6 +14,7 @@ from temper.core.errors import ConfigError, nearest
 from temper.core.registry import find, load_card
 from temper.core.types import Json
 from temper.run.budgets import parse_budget
+from temper.run.ranking import Column, parse_rank
 from temper.run.strict_yaml import load_yaml
 
 __all__ = [
@@ -45,6 +46,7 @@ TOP_KEYS = (
     "arms",
     "options",
     "against",
+    "rank",
 )
 OPTION_KEYS: dict[str, type] = {
     "precision": str,
@@ -111,6 +113,8 @@ class Pipeline:
     data: DataRef = None
     limit: int | None = None
     options: Mapping[str, Json] = field(default_factory=dict)
+    rank: tuple[Column, ...] = ()
+    """What the arms are ranked by; see `run/ranking.py`."""
 
     @property
     def is_short(self) -> bool:
@@ -177,6 +181,7 @@ def parse_recipe(document: Mapping[str, Json], *, name: str, where: str, method:
         data=_data(document.get("data"), f"{where}: data"),
         limit=_limit(document.get("limit"), where),
         options=_options(document.get("options"), where),
+        rank=parse_rank(document.get("rank"), f"{where}: rank"),
     )
 
 
