@@ -132,17 +132,22 @@ def measure(system: ImageClassifier, data: Data, config: Config, run: Run) -> It
 
 
 def _write_curve(found: report.Findings, run: Run) -> None:
-    if run.folder is not None and found.curve:
-        line = {
-            "x": list(found.curve),
-            "y": [sum(verified) / len(verified) for verified in found.curve.values()],
-        }
-        figure = {
-            "shared": True,
-            "caption": "How many test images are right for certain everywhere in a box of that radius around them.",
-            "x": "Radius (eps)",
-            "y": "Share of images verified",
-            "lines": {"verified": line},
-        }
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "figures.json").write_text(json.dumps({"curves": {"Certified accuracy": figure}}))
+    """Certified accuracy over the radius, and what PGD leaves of the first images, between which the truth lies."""
+    if run.folder is None or not found.curve:
+        return
+    lines = {"verified": found.curve}
+    if found.withstood:
+        lines[f"withstands PGD (first {len(found.withstood[0.0])} images)"] = found.withstood
+    figure = {
+        "shared": True,
+        "caption": "How many test images are right for certain everywhere in a box of that radius around them, and how many an "
+        "attack leaves right.",
+        "x": "Radius (eps)",
+        "y": "Share of images",
+        "lines": {
+            name: {"x": list(at), "y": [sum(hits) / len(hits) for hits in at.values()]}
+            for name, at in lines.items()
+        },
+    }
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "figures.json").write_text(json.dumps({"curves": {"Certified accuracy": figure}}))

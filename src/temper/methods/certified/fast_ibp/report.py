@@ -30,6 +30,8 @@ __all__ = ["Findings", "Layer", "layers_of", "look", "rows", "start_rows"]
 
 IMAGES_PER_TOKENS = 32
 """An image counts as so many tokens of the run's budget for one pass."""
+CURVE_ATTACKS = 100
+"""Images on which PGD is tried at every radius of the curve."""
 POINTS = 8
 """Corners of an image's box at which the bounds are tried."""
 SLACK = 1e-4
@@ -60,6 +62,8 @@ class Findings:
     further: dict[float, list[bool]] = field(default_factory=dict)
     """At each of `more_eps`."""
     curve: dict[float, list[bool]] = field(default_factory=dict)
+    withstood: dict[float, list[bool]] = field(default_factory=dict)
+    """Of the first CURVE_ATTACKS images, at each radius of the curve: right, and PGD found nothing there or nearer."""
     fell: list[bool] = field(default_factory=list)
     """Where PGD made a wrong answer or found one; empty without an attack."""
     layers: list[Layer] = field(default_factory=list)
@@ -91,6 +95,7 @@ def look(system: ImageClassifier, examples: Examples, config: Config, run: Run) 
                     found,
                     [(run.seed << 32) + start + i for i in range(len(part.class_B))],
                 )
+                _attack_at_radii(system, part, config, found, start, run.seed)
             left = config.checked_rows - start
             if left > 0:
                 checked = Examples(part.pixels_BCHW[:left], part.class_B[:left])
@@ -127,7 +132,7 @@ def _prove(
 
 def _radii(config: Config) -> list[float]:
     points, top = config.curve_points, min(1.0, 2 * config.eps)
-    return [top * i / max(1, points - 1) for i in range(points)]
+    return list(dict.fromkeys(top * i / max(1, points - 1) for i in range(points)))
 
 
 def layers_of(boxes: Sequence[Box]) -> list[Layer]:
@@ -155,6 +160,26 @@ def _attack(
         seeds=seeds,
     )
     found.fell += attacked.reached_B.tolist()
+
+
+def _attack_at_radii(
+    system: ImageClassifier, part: Examples, config: Config, found: Findings, start: int, seed: int
+) -> None:
+    """PGD at the curve's radii, smallest first; an image that fell needs no further attack."""
+    num = max(0, min(len(part.class_B), CURVE_ATTACKS - start))
+    stands_B = torch.ones(num, dtype=torch.bool, device=part.class_B.device)
+    for eps in _radii(config) if num else ():
+        left_B = stands_B.nonzero().squeeze(1)
+        attacked = pgd(
+            untargeted(system.logits, part.class_B[left_B]),
+            part.pixels_BCHW[left_B],
+            eps,
+            num_steps=config.attack_steps,
+            num_restarts=config.attack_restarts,
+            seeds=[(seed << 32) + start + i for i in left_B.tolist()],
+        )
+        stands_B[left_B] = ~attacked.reached_B
+        found.withstood.setdefault(eps, []).extend(stands_B.tolist())
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -213,7 +214,27 @@ def test_training_proves_more_and_nothing_breaks_a_certificate(digits, tmp_path)
         assert values["margin_gap"] < 1e-5
         shares = [values[f"{state}_share"] for state in ("active", "inactive", "unstable")]
         assert sum(shares) == pytest.approx(1)
-    assert (tmp_path / "figures.json").is_file()
+    lines = json.loads((tmp_path / "figures.json").read_text())["curves"]["Certified accuracy"]["lines"]
+    assert list(lines) == ["verified", "withstands PGD (first 80 images)"]
+    assert lines["verified"]["x"] == [0, 0.05, 0.1]
+    verified, withstood = (line["y"] for line in lines.values())
+    assert verified[0] == withstood[0] == pytest.approx(1 - found["certified"]["standard_error"])
+    assert withstood[1] == pytest.approx(1 - found["certified"]["pgd_error"])
+    assert all(proven <= left for proven, left in zip(verified, withstood, strict=True))
+    assert withstood == sorted(withstood, reverse=True)
+
+
+def test_attacks_at_radii_go_on_where_the_last_batch_stopped(digits, monkeypatch):
+    monkeypatch.setattr(report, "CURVE_ATTACKS", 30)
+    system = classifier("mlp-w8")
+    given = system.examples(digits["test"][:40])
+    whole = report.look(system, given, quick(), Run())
+    parts = report.look(system, given, quick(), Run(batch_tokens=8 * report.IMAGES_PER_TOKENS))
+    assert parts.withstood == whole.withstood
+    assert [len(hits) for hits in whole.withstood.values()] == [30] * 3
+    assert not report.look(system, given, quick(attack_steps=0), Run()).withstood
+    assert not report.look(system, given, quick(curve_points=0), Run()).withstood
+    assert [len(hits) for hits in report.look(system, given, quick(eps=0), Run()).curve.values()] == [40]
 
 
 def test_departure_4_a_classifier_of_ones_own_with_its_normalisation_is_checked_in_pixels(digits):

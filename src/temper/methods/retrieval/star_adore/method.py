@@ -165,5 +165,11 @@ def _write(
     write_run(folder / "ranking.trec", scored, f"{SLUG}-{config.engine}")
     precision = [sum(values.values()) / len(values) for values in curve]
     lines = {config.engine: {"x": list(LEVELS), "y": precision}}
-    figure = {"x": "recall", "y": "interpolated precision", "lines": lines}
+    figure = {
+        "shared": True,
+        "caption": "Mean over test queries of the best precision at that recall or more.",
+        "x": "recall",
+        "y": "interpolated precision",
+        "lines": lines,
+    }
     (folder / "figures.json").write_text(json.dumps({"curves": {"Precision against recall": figure}}))

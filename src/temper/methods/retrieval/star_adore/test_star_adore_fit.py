@@ -104,7 +104,10 @@ def test_measures_by_query_and_files(system: Any, tmp_path: Path) -> None:
     assert len(lines) == 12
     assert lines[2].startswith("q1 Q0 document-1 1 ")
     curve = json.loads((tmp_path / "figures.json").read_text())["curves"]["Precision against recall"]
-    assert len(curve["lines"]["bm25"]["y"]) == 11
+    precision = curve["lines"]["bm25"]["y"]
+    assert len(precision) == 11
+    assert precision == sorted(precision, reverse=True), "interpolated precision never rises"
+    assert curve["shared"] is True, "arms stand in one picture"
 
 
 @pytest.mark.parametrize("stage", ["star", "adore"])

@@ -36,9 +36,11 @@ def nearest_words(system: DualEncoder, context_MD: Tensor, num: int = 3) -> list
 
 
 class Shift(NamedTuple):
-    """What a picture's own context changes: its length beside a context vector's, and the answer with and without it."""
+    """What a picture's own context changes, in lengths of a context vector, and the answer with and without it."""
 
     length: float
+    own: float
+    """Of what is left without the mean over the pictures: near 0 every picture has the same prompt."""
     answer: str
     answer_without: str
     probability: float
@@ -56,12 +58,18 @@ def shifts(
         return []
     static = LearnedPrompts(scorer.learner.without_shift(), scorer.settings, scorer.name)
     with_BC, without_BC = (one.score(system, image_BE, names).softmax(1) for one in (scorer, static))
-    lengths_B = scorer.learner.meta(image_BE).norm(dim=1) / scorer.learner.context.norm(dim=-1).mean()
+    shift_BD = scorer.learner.meta(image_BE) / scorer.learner.context.norm(dim=-1).mean()
+    lengths = shift_BD.norm(dim=1).tolist(), (shift_BD - shift_BD.mean(0)).norm(dim=1).tolist()
     return [
         Shift(
-            length, names[int(one.argmax())], names[int(two.argmax())], float(one[right]), float(two[right])
+            length,
+            own,
+            names[int(one.argmax())],
+            names[int(two.argmax())],
+            float(one[right]),
+            float(two[right]),
         )
-        for length, one, two, right in zip(lengths_B.tolist(), with_BC, without_BC, class_B, strict=True)
+        for length, own, one, two, right in zip(*lengths, with_BC, without_BC, class_B, strict=True)
     ]
 
 

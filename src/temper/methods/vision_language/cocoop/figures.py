@@ -58,13 +58,14 @@ def write_shifts(shifts: Sequence[Shift], classes: Sequence[str], title: str, ru
     if not shifts:
         return
     columns = [
-        "class", "length of the shift in context vectors", "answer", "without the shift", "probability of the class",
+        "class", "length of the shift in context vectors", "of which the picture's own", "answer", "without the shift", "probability of the class",
         "without the shift",
     ]  # fmt: skip
     rows = [
         [
             name,
             f"{s.length:.2f}",
+            f"{s.own:.2f}",
             s.answer,
             s.answer_without,
             f"{s.probability:.3f}",

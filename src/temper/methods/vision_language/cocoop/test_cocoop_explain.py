@@ -104,6 +104,8 @@ def test_what_a_shift_changes(system: DualEncoder) -> None:
     learner = scorer.learner
     lengths = learner.meta(image_BE).norm(dim=1) / learner.context.norm(dim=1).mean()
     assert [one.length for one in found] == pytest.approx(lengths.tolist())
+    shift_BD = learner.meta(image_BE) / learner.context.norm(dim=1).mean()
+    assert [one.own for one in found] == pytest.approx((shift_BD - shift_BD.mean(0)).norm(dim=1).tolist())
     for one in shifts(moved(system, scale=0.0), image_BE, [0, 1, 2], NAMES):
         assert one.length == 0
         assert one.probability == pytest.approx(one.probability_without)
