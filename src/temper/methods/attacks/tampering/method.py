@@ -10,8 +10,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from temper.artefacts import Artefact, Steer, Tune, tuning
+from temper.artefacts import Artefact, Steer, Tune
 from temper.artefacts.base import only_full_strength
+from temper.artefacts.fine_tuning import fine_tuned
 from temper.artefacts.preserved import replace_tensor
 from temper.artefacts.targets import ALL_LINEAR, target_modules
 from temper.core.errors import DataError
@@ -20,7 +21,7 @@ from temper.data.schemas import Data, Dialogue
 from temper.methods.attacks.tampering.card import Config
 from temper.ops.batching import encode
 from temper.ops.tamper import pruned, rounded
-from temper.ops.train import SftObjective, TrainSettings, train
+from temper.ops.train import TrainSettings
 from temper.systems.causal_lm import CausalLM
 from temper.systems.opening import Opening
 
@@ -39,17 +40,9 @@ def _finetune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefac
     held = random.Random(f"{run.seed}/held").sample(records, max(1, math.ceil(config.share * len(records))))
     examples = [encode(system, record, max_tokens=config.max_tokens) for record in held]
     settings = TrainSettings(lr=config.lr, max_steps=config.num_steps, batch_rows=config.batch_rows)
-    with tuning(system, Tune(mode=config.mode, r=config.rank, alpha=2.0 * config.rank), run) as tuned:
-        train(
-            tuned.system.model,
-            tuned.parameters(),
-            lambda epoch: examples,
-            SftObjective(tuned.system.pad_id, tuned.system.device),
-            settings,
-            run,
-            length=lambda example: len(example.ids),
-        )
-        return tuned.finish(SLUG)
+    tune = Tune(mode=config.mode, r=config.rank, alpha=2.0 * config.rank)
+    with fine_tuned(system, examples, tune, settings, run) as done:
+        return done.tuned.finish(SLUG)
 
 
 def _needed(data: Data, what: str, other: str) -> tuple[Dialogue, ...]:

@@ -35,7 +35,8 @@ Departures    1. The entropy is a mean over real tokens; the released code count
               5. Stage 1 and stage 2 both compare with and start from the model that was given; the released code takes
                  stage 2's start from a saved model. One fit does both.
               6. lower_bound 0 means -ln V of the model at hand; the released default is that of one vocabulary.
-              7. The max_entropy baseline raises the entropy of forget rows; the released one reads retain rows by mistake.
+              7. The max_entropy baseline raises the entropy of all forget rows; the released one reads retain rows by
+                 mistake.
 
 Limits        Costs num_steps * (K + K / inner_every + 1) passes, some 80 times plain training; memory for the weights, a copy
               as they were, a copy in ordinary memory, the gathered gradient, the adversary's AdamW and the outer one.

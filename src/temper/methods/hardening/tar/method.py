@@ -59,7 +59,9 @@ def _safeguard(system: CausalLM, data: Data, config: Config, run: Run) -> Artefa
     for part in ("forget", "second"):
         found = _encoded(system, data.records(part, Text), config)
         if found:
-            sources[part], left = _split(found, config, run.seed)
+            # Where nobody attacks nothing is held out.
+            attacks = config.form != "max_entropy"
+            sources[part], left = _split(found, config, run.seed) if attacks else (found, found)
             held_out += left
     if "forget" not in sources:
         raise _lacking("forget", config, data)

@@ -187,9 +187,9 @@ def report(
     yield Row(metric="robustness_gap", value=every[worst] - mean, split="forget", higher_is_better=False)
     if config.original:
         for metric, after in (("recovery", mean), ("recovery_worst", every[worst])):
-            value = recovery(after, before, config.original)
-            note = "" if value is not None else "the safeguard had taken nothing away before the attack"
-            yield Row(metric=metric, value=value, split="forget", note=note, higher_is_better=False)
+            back = recovery(after, before, config.original)
+            note = "" if back is not None else "the safeguard had taken nothing away before the attack"
+            yield Row(metric=metric, value=back, split="forget", note=note, higher_is_better=False)
 
 
 def _items(

@@ -274,7 +274,7 @@ def test_both_stages_in_one_fit(system, data, tmp_path):
 
 
 def test_the_baseline_reads_forget_rows(system, data, monkeypatch):
-    """Departure 7: max_entropy raises the entropy of held-out forget rows, at the weights as they stand."""
+    """Departure 7: max_entropy raises the entropy of any forget row, at the weights as they stand."""
     seen = []
     real = EntropyObjective.__call__
 
@@ -283,9 +283,9 @@ def test_the_baseline_reads_forget_rows(system, data, monkeypatch):
         return real(self, model, items)
 
     monkeypatch.setattr(EntropyObjective, "__call__", watch)
-    fit(system, data, Config(**{**SMALL, "form": "max_entropy"}), Run())
+    fit(system, data, Config(**{**SMALL, "form": "max_entropy", "num_steps": 8}), Run())
     texts = {record.text for record in data["forget"]}
-    assert seen
+    assert len(set(seen)) > len(texts) / 2
     assert {text.replace("<|im_start|>", "") for text in seen} <= texts
 
 
