@@ -80,6 +80,9 @@ def execute(
         return _execute_in_launch(plan, ticker, say)
     folder, fresh = _folder(plan, resume)
     with folder.lock():
+        if not fresh:
+            # It decides nothing that was run, so it may have changed since.
+            folder.update(rank=columns_record(plan.pipeline.rank))
         if not fresh and _is_complete(folder, plan):
             say(f"{folder.id} is complete and unchanged; nothing was run")
             kept: dict[str, Outcome] = {step.name: "kept" for step in plan.steps}
