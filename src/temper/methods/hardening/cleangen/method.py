@@ -35,6 +35,8 @@ __all__ = ["KeptCheck", "build_decoder", "fit", "measure", "suggested_alpha"]
 logger = logging.getLogger(__name__)
 
 LEAST_ALPHA = 1.01
+MANY_REPLACED = 0.1
+"""A larger share of benign tokens that would be replaced is warned about."""
 
 
 @dataclass(eq=False)
@@ -68,23 +70,26 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
         kept, tensors = settings_of(tuned)
         reference = restored(reference, kept, tensors, stack)
         prompts = clean_rows(data, "calibration", "calibration", config)
-        suggested = _calibrate(system, reference, prompts, config, run)
+        scores = _benign_suspicion(system, reference, prompts, config, run)
+    suggested = suggested_alpha(scores, config.benign_rate)
     alpha = suggested if config.alpha == "calibrated" else config.alpha
+    replaced = _report_benign(scores, alpha, suggested, config)
     settings = {
         "reference": config.reference,
         "reference_fingerprint": base,
         "tuned": kept,
         "alpha": alpha,
         "suggested_alpha": suggested,
+        "benign_replaced": replaced,
         "block": config.block,
     }
     return Decoder(system.fingerprint, SLUG, settings, tensors)
 
 
-def _calibrate(
+def _benign_suspicion(
     system: CausalLM, reference: CausalLM, prompts: Sequence[Dialogue], config: Config, run: Run
-) -> float:
-    """What `suggested_alpha` says of the system's own replies to benign prompts."""
+) -> list[float]:
+    """The suspicion of every token of the system's own replies to benign prompts, in nats."""
     watch = ReferenceCheck(SLUG, reference, math.inf, config.block)
     replies = generate(
         system,
@@ -93,10 +98,29 @@ def _calibrate(
         run,
         rules=(watch,),
     )
-    scores = [score for reply in replies for score in reply.info[SLUG]["suspicion_nats"]]
-    suggested = suggested_alpha(scores, config.benign_rate)
-    logger.info("alpha %.3g would replace %g of %d benign tokens", suggested, config.benign_rate, len(scores))
-    return suggested
+    return [score for reply in replies for score in reply.info[SLUG]["suspicion_nats"]]
+
+
+def _report_benign(scores: Sequence[float], alpha: float, suggested: float, config: Config) -> float:
+    """The share of benign tokens that alpha would replace; warns where it is large."""
+    share = sum(score >= math.log(alpha) for score in scores) / len(scores)
+    logger.info(
+        "alpha %.3g would replace %.3g of %d benign tokens, alpha %.3g a share of %g",
+        alpha,
+        share,
+        len(scores),
+        suggested,
+        config.benign_rate,
+    )
+    if share > MANY_REPLACED:
+        logger.warning(
+            "alpha=%.3g would replace %.0f %% of benign tokens: the reference is much weaker or used to another format. "
+            "Fine-tune it on clean rows (tune_reference), or take alpha=%.3g",
+            alpha,
+            100 * share,
+            suggested,
+        )
+    return share
 
 
 def build_decoder(system: CausalLM, artefact: Decoder) -> ReferenceCheck:

@@ -19,7 +19,7 @@ from temper.core.types import Message, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.hardening.cleangen import measuring, rows
 from temper.methods.hardening.cleangen.card import Config
-from temper.methods.hardening.cleangen.method import fit, measure, suggested_alpha
+from temper.methods.hardening.cleangen.method import _report_benign, fit, measure, suggested_alpha
 from temper.methods.hardening.cleangen.reference import averaged
 from temper.ops.draft_verify import ReferenceCheck
 from temper.ops.generate import Reply, Sampling, generate
@@ -105,6 +105,19 @@ def test_a_tuned_reference_travels_with_the_artefact(system: Any, tmp_path: Path
 def test_a_calibrated_alpha_is_the_suggested_one(system: Any) -> None:
     settings = fit(system, NONE, quick(alpha="calibrated"), RUN).settings
     assert settings["alpha"] == settings["suggested_alpha"] > 1
+
+
+def test_what_alpha_would_replace_of_benign_replies_is_kept_and_warned_about(
+    guard: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert guard.settings["benign_replaced"] == 0
+    nats = [0.0] * 8 + [math.log(20), 5.0]
+    with caplog.at_level("WARNING"):
+        assert _report_benign(nats[:-1] * 2, 21.0, 30.0, quick()) == 0
+        assert not caplog.records
+        assert _report_benign(nats, 20.0, 150.0, quick()) == 0.2
+    assert "would replace 20 % of benign tokens" in caplog.text
+    assert "alpha=150" in caplog.text
 
 
 def test_the_backdoor_of_the_reference_is_another_one(system: Any) -> None:

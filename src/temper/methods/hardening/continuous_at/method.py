@@ -49,6 +49,11 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     """
     if config.variant == "learn":
         return _learn(system, data, config, run)
+    if system.chat.template is None:
+        logger.warning(
+            "the model has no chat template, so rows are put in temper's plain format: harden it in the format it will be "
+            "asked in"
+        )
     pairs = data.records("train", Preference)
     items = adversarial_items(system, pairs, config, run, reference=config.variant == "ipo")
     utility = _utility(system, data, config)
@@ -123,6 +128,13 @@ def adversarial_items(
 def objective_of(system: CausalLM, config: Config, tuned: Tuning | None = None) -> LatentObjective:
     """The attack with the variant's losses; without a tuning only the attack is used."""
     scale = embedding_scale(system.model)
+    if config.eps > 1:
+        logger.warning(
+            "eps=%g is a share of the mean norm of embedding rows (%.3g here), not a radius in the units of another model: "
+            "a perturbation may be longer than the row it stands on",
+            config.eps,
+            scale.norm,
+        )
     # Departure 5: where the module scales its rows, radius and step are scaled with them.
     ball = Ball(config.eps * scale.norm, scale.width, config.attack_lr * scale.factor)
     search = Search({EMBEDDINGS: ball}, config.attack_steps, "sign")

@@ -127,6 +127,12 @@ def search_of(system: CausalLM, items: Sequence[LatentItem], config: Config, run
             "absolute_eps=%g is a radius in the units of one model family and means nothing on another; eps follows the model",
             config.absolute_eps,
         )
+    elif config.eps > 1:
+        logger.warning(
+            "eps=%g is a share of the site's median norm, so a perturbation may be longer than what it stands on; a radius "
+            "in the units of one model family belongs in absolute_eps",
+            config.eps,
+        )
     sites = config.sites or spread_sites(system.model)
     rows = [item.bad for item in items[: config.scale_rows]]
     batches = [

@@ -59,10 +59,14 @@ def _shipped() -> tuple[str, ...]:
 
 
 def templates_of(record: Dialogue, pool: Sequence[str]) -> tuple[str, ...]:
-    """A row's own templates (column `template`: a text or a list), or the pool. Raises DataError for none."""
+    """A row's own templates (column `template`: a text or a list), or the pool, blank ones left out.
+
+    Raises DataError for none.
+    """
     own = record.extra.get("template")
-    found = tuple(pool) if own is None else (own,) if isinstance(own, str) else tuple(map(str, own))
-    if not any(text.strip() for text in found):
+    given = tuple(pool) if own is None else (own,) if isinstance(own, str) else tuple(map(str, own))
+    found = tuple(text for text in given if text.strip())
+    if not found:
         raise DataError(
             "There is no template answer to move to",
             where=f"row {record.id}",

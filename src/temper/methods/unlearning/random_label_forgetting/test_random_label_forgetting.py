@@ -15,7 +15,7 @@ from temper.artefacts import Adapter, Weights
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Run
 from temper.data.schemas import Choice, Data, Labelled
-from temper.methods.unlearning.random_label_forgetting import maths, study
+from temper.methods.unlearning.random_label_forgetting import maths, method, study
 from temper.methods.unlearning.random_label_forgetting.card import Config
 from temper.methods.unlearning.random_label_forgetting.method import fit, measure
 from temper.methods.unlearning.random_label_forgetting.tasks import OWN_TASKS, load_tasks
@@ -226,6 +226,28 @@ def test_the_study_of_two_tasks(system: Any, tmp_path: Path) -> None:
     for row in rows:
         if row.metric == "label_fit":
             assert ("inconclusive" in row.note) is (row.value < 0.8)
+
+
+def test_flipped_labels_train_the_distractor_and_divide_by_what_there_was_to_turn(system: Any) -> None:
+    config = quick(labels="flip", num_epochs=4, probes=False)
+    rows = list(measure(system, own(), config, RUN))
+    values = {(row.metric, row.arm, row.group or row.item): row.value for row in rows}
+    learnt, after = (values[name, "forget_sums", "sums"] for name in ("accuracy_learnt", "accuracy"))
+    ratio = None if learnt <= 0.55 else (learnt - after) / (learnt - (1 - learnt))
+    assert values["forget_ratio", "forget_sums", "sums"] == pytest.approx(ratio)
+    forget_set = values["kept_accuracy", "forget_set", "sums"]
+    assert values["label_fit", "forgotten", "sums"] == pytest.approx(1 - forget_set), "every label is wrong"
+
+
+def test_a_skill_that_was_never_there_has_no_ratio_and_the_row_says_so() -> None:
+    seen = study.Forgotten({"sums": 0.55}, {"sums": 0.5}, torch.zeros(1), 0.5, 0.9, None, None)
+    found = study.Study({"sums": study.Before(0.5, 0.5, None)}, {"sums": seen})
+    rows = list(method._map_rows(found, ["sums"], {"sums": 8}, False, RUN))
+    (row,) = [row for row in rows if row.metric == "forget_ratio"]
+    assert row.value is None
+    assert "never had the skill" in row.note
+    (share, *_) = [row for row in rows if row.metric == "variance_share"]
+    assert share.value is None, "one task has no map"
 
 
 def test_joint_and_alone_start_from_different_models(system: Any) -> None:

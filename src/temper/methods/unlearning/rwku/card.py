@@ -39,6 +39,9 @@ Departures    1. Membership scores are log-likelihoods, as in the released code;
               9. In the stand-in, neighbours are other people of the same set; the paper's are pages the target's page links
                  to. Its portraits are put together from the facts; the paper has the model write them.
               10. In-context unlearning is a prefix of user turns; texts for membership are read without it.
+              11. Part `forget` holds portraits as replies to a question, of which the trained methods score the reply; the paper
+                 trains on plain texts, every token scored. Rejection tuning takes the facts' own questions and npo's "I don't
+                 know" replies; the paper's takes 300 questions of the model's own and 99 replies.
 
 Limits        Recall rewards saying much, so the cap of 30 tokens is part of the metric. In other scripts recall is 0 and
               containment is what counts. The stand-in knows eight facts a person, and translations for the facts of

@@ -142,6 +142,15 @@ def test_departure_4_recall_and_containment_by_hand() -> None:
     assert scored("Токио", "это Токио").recall == 0, "and have no recall"
 
 
+def test_the_cap_of_a_reply_is_part_of_the_metric(system: Any) -> None:
+    """Recall rewards saying much: a longer reply would score more."""
+    assert Config().reply_tokens == 30
+    ids = [scoring.probe_ids(system, probe("Where?"), is_blank=False)]
+    (short,), (long,) = (generate(system, ids, Sampling(max_new_tokens=n), Run()) for n in (3, 30))
+    assert len(short.ids) == 3 <= len(long.ids) <= 30
+    assert scored("Ruskmere", "one of Elmwick, Harrow or Ruskmere").recall == 1
+
+
 def test_rows_by_kind_type_and_side_by_hand() -> None:
     attacks = [
         scored("x", "x", "role playing"),

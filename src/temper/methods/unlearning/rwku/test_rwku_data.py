@@ -86,6 +86,16 @@ def test_departure_9_neighbours_are_other_people_and_portraits_are_put_together(
     assert all(row.reply and row.reply.count("Liora Tammet") == 4 for row in portraits)
 
 
+def test_departure_11_portraits_are_replies_to_questions(probes: Data, system: Any) -> None:
+    from temper.ops.batching import encode
+
+    for record in probes.records("forget", Dialogue):
+        row = encode(system, record, train_on="last")
+        scored = [token for token, flag in zip(row.ids, row.scored, strict=True) if flag]
+        assert not all(row.scored[1:]), "the question is not trained on"
+        assert system.tokenizer.decode(scored, skip_special_tokens=True).strip() == record.reply
+
+
 def test_questions_without_a_translation_are_framed_in_the_language(people: Data) -> None:
     (fact, other, *_) = standin.facts_of(people["forget"])
     query, _ = standin.attack_query(fact._replace(field="hobby"), "cross lingual", 1, [], other)
