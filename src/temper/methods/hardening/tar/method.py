@@ -55,7 +55,8 @@ def make(system: CausalLM | None, data: Data, config: Config, run: Run) -> Data:
 
 def _safeguard(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     """Knowledge: random mapping, then entropy that outlasts attacks (max_entropy: without attacks)."""
-    sources, held_out = {}, []
+    sources: dict[str, list[Example]] = {}
+    held_out: list[Example] = []
     for part in ("forget", "second"):
         found = _encoded(system, data.records(part, Text), config)
         if found:

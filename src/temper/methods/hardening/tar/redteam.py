@@ -26,7 +26,7 @@ from temper.ops.tofu_metrics import mean_row
 from temper.ops.train import TrainSettings
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["Attack", "Exam", "Looks", "attacked", "exams_of", "recovery", "report", "suite"]
+__all__ = ["Attack", "Exam", "Exams", "Looks", "attacked", "exams_of", "recovery", "report", "suite"]
 
 
 class Attack(NamedTuple):
