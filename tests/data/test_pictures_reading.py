@@ -150,3 +150,37 @@ def test_16_bits_are_scaled_not_cut():
     out = io.BytesIO()
     Image.fromarray((np.arange(16, dtype=np.uint16) * 4096).reshape(4, 4)).save(out, "PNG")
     assert Picture.from_bytes(out.getvalue()).array().ravel().tolist() == list(range(0, 256, 16))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ([[0.0, np.nan]], "not finite numbers"),
+        ([[0.0, np.inf]], "not finite numbers"),
+        ([[0.0, 0.5]], "lie between 0 and 0.5.*Scale them to 0 to 255"),
+        ([[-3.0, 9.0]], "lie between -3 and 9"),
+        ([[0.0, 70_000.0]], "lie between 0 and 70000"),
+    ],
+)
+def test_wide_pixels_are_never_cut_without_a_word(pixels, message):
+    Image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    Image.fromarray(np.array(pixels, dtype=np.float32)).save(out, "TIFF")
+    with pytest.raises(DataError, match=message):
+        Picture.from_bytes(out.getvalue()).array()
+
+
+def test_float_pixels_from_0_to_255_are_read():
+    Image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, 7, 255]], dtype=np.float32)).save(out, "TIFF")
+    assert Picture.from_bytes(out.getvalue()).array().ravel().tolist() == [0, 7, 255]
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    """Left out, it would give the classes behind it other numbers."""
+    for name in ("a.png", "c.png"):
+        write(tmp_path / name[0] / name, b"")
+    write(tmp_path / "b" / "notes.txt", b"")
+    with pytest.raises(DataError, match=r"The class 'b' has no image \(.*b\).*remove the folder"):
+        load_data(f"{tmp_path}/")

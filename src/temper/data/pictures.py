@@ -79,6 +79,8 @@ class Picture:
             if image.mode.startswith("I;16"):
                 # Pillow would cut 16 bits at 255 instead of scaling them.
                 return (np.array(image) >> 8).astype(np.uint8)[:, :, None]
+            if image.mode in ("I", "F"):
+                _check_range(np.array(image), str(self.path or "an image"))
             grey = image.mode in ("1", "L", "I", "F")
             array = np.array(image.convert("L" if grey else "RGB"))
         return array[:, :, None] if grey else array
@@ -144,3 +146,19 @@ class Picture:
             what = str(error).partition(" <")[0]  # without the address of a buffer
             raise DataError(f"Not an image: {what}", where=where, cure="Give a PNG or JPEG file.") from None
         return image
+
+
+def _check_range(pixels: np.ndarray[Any, Any], where: str) -> None:
+    """Raise DataError for wide pixels that Pillow would cut to 0 to 255 without a word, NaN among them."""
+    if not np.isfinite(pixels).all():
+        raise DataError(
+            "The image holds pixels that are not finite numbers", where=where, cure="Remove or fill them."
+        )
+    low, high = float(pixels.min()), float(pixels.max())
+    is_share = pixels.dtype.kind == "f" and 0 < high <= 1
+    if low < 0 or high > 255 or is_share:
+        raise DataError(
+            f"The image's pixels lie between {low:g} and {high:g}",
+            where=where,
+            cure="Scale them to 0 to 255 and save them as 8 bits.",
+        )

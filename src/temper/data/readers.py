@@ -206,7 +206,7 @@ def image_parts(folder: Path, splits: Collection[str]) -> dict[str, Iterator[Num
 
     A row has an image and its class's folder name as label, and `class_index`, the place of that name among all
     classes in the order of names. Rows take one image of each class in turn, so their beginning holds every class.
-    Raises DataError where no image stands in a folder of its own class.
+    Raises DataError where no image stands in a folder of its own class, and for a class without an image beside others.
     """
     below = _folders(folder)
     parts = {path.name: path for path in below} if below and {p.name for p in below} <= set(splits) else {}
@@ -231,6 +231,13 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
         path.name: [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
         for path in _folders(folder)
     }
+    empty = [name for name, images in found.items() if not images]
+    if empty and len(empty) < len(found):
+        raise DataError(
+            f"The class {empty[0]!r} has no image",
+            where=str(folder / empty[0]),
+            cure=f"Put images ({', '.join(IMAGE_SUFFIXES)}) into its folder, or remove the folder.",
+        )
     return {name: sorted(images) for name, images in found.items() if images}
 
 
