@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from temper.store import lines
 from temper.systems.causal_lm import CausalLM
 
 __all__ = ["Reference", "ScoreSplit", "load_reference", "read_rows"]
+
+logger = logging.getLogger(__name__)
 
 ScoreSplit = Callable[[Any, Any, str, Config, Run], Mapping[str, Sequence[float | None]]]
 """Scores of a split's rows by metric."""
@@ -68,6 +71,12 @@ def read_rows(path: Path) -> Reference:
 def _measured(config: Config, system: CausalLM, data: Data, run: Run, score: ScoreSplit) -> Reference:
     found: dict[str, list[float]] = {}
     with opened(config.reference, device=run.device, system_prompt=system.chat.system_prompt) as base:
+        if base.fingerprint == system.fingerprint:
+            logger.warning(
+                "the reference %s is the model that is measured: forget quality is then 1 whatever it still knows. Name a "
+                "model that never saw the forget rows",
+                config.reference,
+            )
         for split in ("forget", "holdout"):
             records = data.get(split)[: config.max_rows]
             scores = score(base, records, split, config, run) if records else {}

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 import temper
+from temper.artefacts import tuning
+from temper.core.errors import TemperError
 from temper.core.types import Run
 from temper.data.loading import load_data
+from temper.methods.unlearning.npo import training
 from temper.methods.unlearning.npo.card import Config
 from temper.methods.unlearning.npo.losses import parse
 from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
@@ -211,3 +214,47 @@ def test_both_ways_to_train_forget_on_every_architecture(kind: str, mode: str) -
     with artefact.apply(system) as unlearnt:
         assert (response_logprobs(unlearnt, rows, run=Run()) < before - 1).all()
     assert all(torch.equal(value, base[name]) for name, value in system.model.state_dict().items())
+
+
+# ---- the reference is the model that unlearning starts from, and no other
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_target_with_an_adapter_is_its_own_reference_and_not_its_base(mode: str) -> None:
+    """At the first step the log-ratio is 0: npo costs 2 log 2 / beta and weighs every answer as gradient ascent does."""
+    data = load_data("builtin:people", {"forget": "Dialogue", "retain": "Dialogue"}, limit=4)
+    system: Any = load_base("tiny:llama")
+    quick = {"rank": 2, "num_epochs": 2, "min_steps": 0, "batch_rows": 4, "watch_every": 0, "mode": mode}
+    learnt = temper.fit(
+        "npo", system, data, loss="learn", **(quick | {"lr": 3e-2, "num_epochs": 8, "mode": "lora"})
+    )
+    with learnt.apply(system) as target:
+        config = Config(loss="npo+kl", lr=1e-2, **quick)  # type: ignore[arg-type]
+        rows = training.prepare(target, data, config, Run())
+        now = response_logprobs(target, rows.forget, run=Run())
+        assert torch.allclose(rows.forget_ref, now, atol=1e-4)
+        with tuning(target, training.tune(config, Run()), Run()) as tuned:
+            log, _ = training.unlearn(tuned, rows, config, Run())
+            with tuned.reference() as before:
+                assert torch.allclose(response_logprobs(before, rows.forget, run=Run()), now, atol=1e-3)
+    assert log.terms["forget"][0] == pytest.approx(2 / config.beta * math.log(2), rel=1e-4)
+    assert log.terms["kl"][0] == pytest.approx(0, abs=1e-5)
+    base = response_logprobs(system, rows.forget, run=Run())
+    assert (now - base).min() > 1, "the base would be another reference"
+
+
+def test_a_measured_model_named_as_its_own_retain_only_model_is_warned_about(caplog: Any) -> None:
+    data = load_data("builtin:people", {"forget": "Dialogue"}, limit=3)
+    system: Any = load_base("tiny:llama")
+    with caplog.at_level("WARNING"):
+        list(temper.measure("npo", system, data, reference="tiny:llama:1", reply_tokens=0))
+        assert "whatever it still knows" not in caplog.text
+        list(temper.measure("npo", system, data, reference="tiny:llama", reply_tokens=0))
+    assert "whatever it still knows" in caplog.text
+
+
+def test_empty_parts_are_refused() -> None:
+    data = load_data("builtin:people", {"forget": "Dialogue", "retain": "Dialogue"}, limit=3)
+    for loss in ("npo+rt", "ga+kl", "npo"):
+        with pytest.raises(TemperError, match="'retain' is empty"):
+            temper.fit("npo", "tiny:llama", data.with_part("retain", []), loss=loss)
