@@ -17,7 +17,7 @@ from temper.ops.batching import plan_batches
 from temper.ops.objectives import Objective
 from temper.ops.optim import BuildOptimizer
 from temper.ops.packed import can_pack
-from temper.ops.precision import autocast, short_attention
+from temper.ops.precision import autocast, float32_products, short_attention
 
 __all__ = ["Gradient", "Grads", "add_scaled", "gradient", "inner_loop", "restored"]
 
@@ -54,7 +54,8 @@ def gradient(
     grads: Grads = [None] * len(parameters)
     for places in plan_batches(lengths, run, packed=packs):
         part = [items[place] for place in places]
-        with short_attention(device, max(lengths[place] for place in places)):
+        longest = max(lengths[place] for place in places)
+        with short_attention(device, longest), float32_products(run):
             with autocast(run):
                 terms = objective(model, part)
             weights = objective.weights

@@ -20,7 +20,7 @@ from temper.ops.batching import plan_batches
 from temper.ops.objectives import Objective, SumCount
 from temper.ops.optim import lr_factor, set_lr
 from temper.ops.packed import can_pack
-from temper.ops.precision import autocast, short_attention
+from temper.ops.precision import autocast, float32_products, short_attention
 from temper.ops.processes import processes
 from temper.ops.train_settings import TrainLog, TrainSettings
 
@@ -144,8 +144,9 @@ class Loop(Generic[Item]):
             _seed(self.run.seed, step, index, self.parameters[0].device)
             part = [items[place] for place in places]
             # The backward pass too: recomputed activations must take the same kernels.
-            longest = getattr(self.objective, "longest", self.length)
-            with short_attention(self.parameters[0].device, max(longest(item) for item in part)):
+            length = getattr(self.objective, "longest", self.length)
+            longest = max(length(item) for item in part)
+            with short_attention(self.parameters[0].device, longest), float32_products(self.run):
                 with autocast(self.run):
                     terms = self.objective(self.model, part)
                 _check_terms(terms, weights, counts)
