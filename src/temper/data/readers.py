@@ -236,7 +236,7 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
         raise DataError(
             f"The class {empty[0]!r} has no image",
             where=str(folder / empty[0]),
-            cure=f"Put images ({', '.join(IMAGE_SUFFIXES)}) into its folder, or remove the folder.",
+            cure=f"Put images ({', '.join(sorted(IMAGE_SUFFIXES))}) into its folder, or remove the folder.",
         )
     return {name: sorted(images) for name, images in found.items() if images}
 
