@@ -61,15 +61,17 @@ def _prefill(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact
     if config.known_tokens:
         for record in _needed(data, "Prefilling known answers", "set known_tokens=0"):
             asked = system.rewritten(record.prompt)[-1].content
+            if not record.reply:
+                raise DataError("A row has no answer to begin", where=f"row {record.id}", cure="Give it one.")
             known[asked] = first_tokens(system, record.reply, config.known_tokens)
     settings = {"how": config.how, "opening": "" if known else config.opening, "known": known}
     return Steer(system.fingerprint, SLUG, settings)
 
 
 def first_tokens(system: CausalLM, reply: str, num_tokens: int) -> str:
-    """The reply's text up to its first `num_tokens` tokens; more where a token ends within a character."""
+    """The reply's first tokens as text, never its last one; more where a token ends within a character."""
     ids = system.chat.continuation_ids(reply)
-    for end in range(min(num_tokens, len(ids)), len(ids)):
+    for end in range(max(1, min(num_tokens, len(ids) - 1)), len(ids)):
         text = str(system.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         if reply.startswith(text):
             return text

@@ -143,6 +143,10 @@ def test_the_first_tokens_never_are_the_whole_answer_unless_it_is_one_token():
         found = first_tokens(system, text, num)
         assert text.startswith(found)
         assert found
-    assert len(first_tokens(system, text, 1)) < len(text)
+        assert found != text
+    assert first_tokens(system, "a", 3) == "a"
+    nothing = Dialogue((Message("user", "Who?"),), id="7")
+    with pytest.raises(DataError, match="no answer"):
+        fit(system, Data({"train": [nothing]}), Config(how="prefill", known_tokens=2), Run())
     with pytest.raises(ValueError, match="opening"):
         Config(how="prefill", opening="")
