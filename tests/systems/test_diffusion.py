@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -219,6 +221,19 @@ def test_a_folder_without_a_scheduler_or_unet_says_so(tmp_path: Path) -> None:
             load_diffusion(str(tmp_path / part), Wanted())
     with pytest.raises(ModelError, match="model_index"):
         load_diffusion(str(tmp_path), Wanted())
+
+
+def test_a_scheduler_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    save_pipeline(load_diffusion("tiny:unet", Wanted()), tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    with pytest.raises(ModelError, match="scheduler"):
+        load_diffusion(str(tmp_path), Wanted())
+
+
+def test_weights_that_are_no_numbers_can_do_nothing(system: Diffusion) -> None:
+    broken_model = copy.deepcopy(system.model)
+    torch.nn.init.constant_(broken_model.conv_out.bias, torch.nan)
+    assert system.with_(model=broken_model).capabilities == frozenset()
 
 
 def test_only_safetensors_are_read(tmp_path: Path) -> None:

@@ -165,6 +165,8 @@ def _text_conditions(system: Diffusion, data: Data, config: Config, run: Run) ->
             cure="Name an override phrase.",
         )
     phrase, other = str(config.forget), str(config.override)
+    for name, words in (("forget", phrase), ("override", other)):
+        _check_words(system, name, words)
     prompts = [record.text for record in data.get("prompts") if isinstance(record, Text)]
     kept = [text for text in prompts if phrase.lower() not in text.lower()]
     if not kept:
@@ -187,6 +189,22 @@ def _text_conditions(system: Diffusion, data: Data, config: Config, run: Run) ->
         return forgotten.take(row_B), override.take(row_B)
 
     return rows(keep), rows(both), pair, None
+
+
+def _check_words(system: Diffusion, name: str, words: str) -> None:
+    """Raise ConfigError for a word that the model's texts cannot hold: it would read any such word alike."""
+    tokenizer = system.tokenizer
+    unknown = [
+        word
+        for word in words.split()
+        if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+    if unknown or not words.split():
+        raise ConfigError(
+            f"The model's tokenizer does not know {(' '.join(unknown) or words)!r}",
+            where=f"{name}, {system.spec}",
+            cure="Name a word of its own texts.",
+        )
 
 
 def measure(system: Diffusion, data: Data, config: Config, run: Run) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import pytest
@@ -13,11 +12,11 @@ from temper.artefacts import Stack, Weights, load_artefact
 from temper.core.errors import ConfigError, DataError, ModelError, NumericsError
 from temper.core.types import Run
 from temper.data.schemas import Data, Labelled, Text
-from temper.methods.diffusion.sfd import distil, losses, method, quality, toy
+from temper.methods.diffusion.sfd import distil, losses, quality
 from temper.methods.diffusion.sfd.card import Config
-from temper.methods.diffusion.sfd.method import SLUG, fit, measure, problem_of
+from temper.methods.diffusion.sfd.method import fit, measure, problem_of
 from temper.ops.diffusion import counting, snr
-from temper.systems.diffusion import Condition, Diffusion, load_diffusion
+from temper.systems.diffusion import Diffusion, load_diffusion
 from temper.systems.noise import eps_from_v, level
 from temper.systems.wanted import Wanted
 
@@ -271,6 +270,23 @@ def test_a_model_of_texts_forgets_a_phrase() -> None:
         fit(system, prompts, Config(**{**settings, "override_mode": "rand"}), Run())
 
 
+def test_a_word_that_the_texts_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer of whole words reads every word it does not know alike."""
+    system = load_diffusion("tiny:textunet", Wanted())
+    prompts = Data({"prompts": [Text("a ring")]})
+    read = type(system.tokenizer).__call__
+
+    def whole_words(tokenizer: Any, text: Any, **settings: Any) -> Any:
+        if settings.get("add_special_tokens", True):
+            return read(tokenizer, text, **settings)
+        return {"input_ids": [7 if text in ("star", "circle") else tokenizer.unk_token_id]}
+
+    monkeypatch.setattr(type(system.tokenizer), "__call__", whole_words)
+    for words in ({"forget": "red sta"}, {"forget": "star", "override": "zebra"}):
+        with pytest.raises(ConfigError, match=f"does not know '{[*words.values()][-1]}'"):
+            fit(system, prompts, Config(**QUICK, **words), Run())
+
+
 def test_a_teacher_of_velocities_serves() -> None:
     from diffusers import DDIMScheduler
 
@@ -326,65 +342,3 @@ def test_rates_by_hand() -> None:
     assert (rows["class_rate", "b"], rows["class_rate", "c"]) == (0.5, 1.0)
     assert rows["forget_entropy_nats", ""] == pytest.approx(0, abs=1e-6)
     assert rows["forget_probability", ""] == pytest.approx(0.5, abs=1e-6)
-
-
-def test_a_detector_goes_by_names_or_by_order() -> None:
-    by_order = quality.load_detector("tiny:resnet", ("w", "x", "y", "z"), Run())
-    assert by_order.columns == [0, 1, 2, 3]
-    classes = by_order.system.classes
-    assert quality.load_detector("tiny:resnet", classes[2:], Run()).columns == [2, 3]
-    with pytest.raises(ModelError, match="no class"):
-        quality.load_detector("tiny:resnet", ("w", "x"), Run())
-
-
-def test_real_pictures_leave_the_forgotten_class_out() -> None:
-    system = tiny()
-    pictures = system.draw(system.conditions([0, 1]), num_steps=2)
-    records = [
-        Labelled("", label, image=picture)
-        for label, picture in zip(("circle", "square"), pictures, strict=True)
-    ]
-    shown = quality.Wanted((), torch.tensor([]), system.labels, 0, 1)
-    assert quality.real_pictures(records, shown) == [pictures[1]]
-    numbered = [dataclasses.replace(record, label=at) for at, record in enumerate(records)]
-    assert quality.real_pictures(numbered, shown) == [pictures[1]]
-    config = Config(detector="tiny:resnet", num_samples=2, sample_steps=2)
-    rows = list(measure(system, Data({"real": [*records, records[1]]}), config, Run()))
-    assert {"frechet", "mmd"} <= {row.metric for row in rows}
-
-
-# the toy
-
-
-def test_the_toys_truth_is_seen_as_it_is() -> None:
-    label_N = torch.arange(8).repeat(50)
-    points_N2 = toy.real(label_N, torch.Generator().manual_seed(0))
-    assert (toy.scores(points_N2).argmax(1) == label_N).float().mean() > 0.99
-    assert toy.centres()[2].tolist() == pytest.approx([0.0, 2.0], abs=1e-6)
-
-
-def test_the_toy_is_the_same_for_the_same_seed() -> None:
-    config = Config(toy=True, toy_steps=3, num_samples=3, **QUICK)
-    first, second = ([(r.metric, r.value) for r in toy.measure(config, Run(seed=2))[0]] for _ in range(2))
-    assert [r for r in first if not r[0].endswith("_s")] == [r for r in second if not r[0].endswith("_s")]
-    assert all(row.split == "toy" for row in toy.measure(config, Run(seed=2))[0])
-
-
-def test_only_the_toy_says_what_it_takes() -> None:
-    toy_s = [
-        method.estimate({}, None, Config(toy=True, objective=name))["seconds"] for name in ("sfd", "sid")
-    ]
-    assert toy_s[0] > toy_s[1] > 0
-    assert method.estimate({}, None, Config()) == {}
-
-
-def test_the_toy_asks_its_own_detector_for_overrides() -> None:
-    config = Config(toy=True, override_mode="amax", **QUICK)
-    problem = toy.problem_of(toy.teach(2, 0), config)
-    assert problem.pseudo is not None
-    rng = torch.Generator().manual_seed(0)
-    assert problem.pseudo(toy.centres()[[3, 0]], rng).values.tolist()[0] == 3
-    assert problem.pseudo(toy.centres()[[0]], rng).values.tolist()[0] in (1, 7)
-    assert isinstance(problem.pair(2, rng)[0], Condition)
-    assert dataclasses.is_dataclass(problem)
-    assert SLUG == "sfd"
