@@ -27,6 +27,10 @@ __all__ = ["estimate", "fit", "make", "measure"]
 
 SLUG = "tar"
 CHARS_A_TOKEN = 4.0
+NUM_COPIES = 10
+"""Weights as they were, as they become, as they stood before an attack; the gathered gradient and a fresh one; two moments of
+either AdamW; one more for activations."""
+LIBRARY_BYTES = 0.6e9
 
 R = TypeVar("R", bound=Record)
 
@@ -173,7 +177,7 @@ def _write_figures(run: Run, figures: dict[str, Json]) -> None:
 
 
 def estimate(facts: Mapping[str, Any], data: Data | None, config: Config) -> dict[str, float]:
-    """Tokens of all passes: of the fit by its two stages, of the measurement by its attacks."""
+    """Tokens of all passes: of the fit by its two stages, of the measurement by its attacks; memory of the fit."""
     if data is None:
         return {}
     if config.form == "learn" and "learn" in data and "attack" not in data:
@@ -192,4 +196,7 @@ def estimate(facts: Mapping[str, Any], data: Data | None, config: Config) -> dic
     attack = config.inner_steps * config.adversary_rows
     look = config.inner_steps // config.inner_every * config.batch_rows
     outer = config.num_adversaries * (attack + look) + config.batch_rows * (1 + 1 / 3)
-    return {"tokens": mean * (config.num_steps * outer + 2 * config.mapping_steps * config.batch_rows)}
+    said = {"tokens": mean * (config.num_steps * outer + 2 * config.mapping_steps * config.batch_rows)}
+    if facts.get("parameters"):
+        said["memory_bytes"] = LIBRARY_BYTES + facts["parameters"] * 4.0 * NUM_COPIES
+    return said

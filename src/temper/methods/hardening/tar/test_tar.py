@@ -219,6 +219,7 @@ def test_the_cost_is_said_before_work_begins(system, data, caplog):
         {}, texts, Config(num_steps=10, mapping_steps=0, inner_steps=8, adversary_rows=4, batch_rows=6)
     )
     assert found["tokens"] == pytest.approx(100 * 10 * (8 * 4 + 2 * 6 + 6 * 4 / 3))
+    assert estimate({"parameters": 10**9}, texts, config)["memory_bytes"] == pytest.approx(40.6e9)
     assert estimate({}, None, config) == {}
 
 

@@ -175,8 +175,8 @@ def map_randomly(tuned: Tuning, rows: Rows, config: Config, run: Run) -> TrainLo
         pairs,
         MappingObjective(table_VD, system.pad_id, system.device, config.num_skipped),
         _settings(config, config.mapping_lr or config.lr, config.mapping_steps),
-        # Each stage has its own checkpoints.
-        replace(run, folder=run.folder / "mapping" if run.folder else None),
+        # Each stage has its own checkpoints, and all leave with the run's.
+        replace(run, folder=run.checkpoint / "mapping" if run.checkpoint else None),
         length=lambda pair: pair.num_tokens,
     )
     logger.info("random mapping: 1 - |cos| is %.3f after %d steps", log.terms["mapping"][-1], log.num_steps)
