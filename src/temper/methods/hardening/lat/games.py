@@ -57,6 +57,11 @@ def _sums(scores: TokenScores) -> Tensor:
     return sum_by_row(Scored(scores.logp_S, scores.row_S, scores.num_rows))
 
 
+def _benign_weights(config: Config) -> dict[str, float]:
+    """The weights of sft and kl, which without benign rows nothing reads."""
+    return {"sft": config.sft, "kl": config.kl} if config.benign_rows else {}
+
+
 class _Benign:
     """Terms on benign rows, without a perturbation: sft and kl."""
 
@@ -99,7 +104,7 @@ class TowardAway(_Benign):
     def __init__(self, config: Config, before: Reference, pad_id: int, device: str | torch.device) -> None:
         super().__init__(config, before, pad_id, device)
         self.attack_weights = normalised(toward=config.attack_toward, away=config.attack_away)
-        self.weights = normalised(toward=config.toward, away=config.away, sft=config.sft, kl=config.kl)
+        self.weights = normalised(toward=config.toward, away=config.away, **_benign_weights(config))
         self.attack_reads: Sequence[Kind] = [
             kind  # type: ignore[misc]
             for kind, name in (("bad", "toward"), ("good", "away"))
@@ -147,7 +152,7 @@ class Dpo(_Benign):
 
     def __init__(self, config: Config, before: Reference, pad_id: int, device: str | torch.device) -> None:
         super().__init__(config, before, pad_id, device)
-        self.weights = normalised(dpo=config.dpo, sft=config.sft, kl=config.kl)
+        self.weights = normalised(dpo=config.dpo, **_benign_weights(config))
 
     def _loss(self, scores: Mapping[str, TokenScores], items: Sequence[LatentItem], wanted: Kind) -> Tensor:
         refs = {

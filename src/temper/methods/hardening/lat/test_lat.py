@@ -77,6 +77,8 @@ def test_weights_are_divided_by_the_sum_of_those_in_use():
     """Departure 2: a weight that no loss reads halves nothing."""
     assert normalised(dpo=1.0, sft=0.0, kl=0.0) == {"dpo": 1.0}
     assert game_of(Dpo, kl=0.0, toward=0.5, away=0.5).weights == {"dpo": 1.0}
+    assert game_of(Dpo, kl=0.1, sft=1.0, benign_rows=0).weights == {"dpo": 1.0}
+    assert game_of(TowardAway, kl=0.1, benign_rows=0).weights == {"toward": 0.5, "away": 0.5}
 
 
 def test_sides_without_a_loss_are_not_computed():
