@@ -175,6 +175,9 @@ def test_arms_are_the_columns_of_one_map_and_missing_cells_run_on_re_run(tmp_pat
     assert "Budgets of the attacks" in page
     assert '<th scope="col">forgotten</th><th scope="col">stored</th>' in page
     assert "Holm-corrected over 2 tests" in page
+    path.write_text(path.read_text().replace("as: stored", "as: rounded"))
+    assert set(run_recipe(str(path), out=out).outcomes.values()) == {"kept"}
+    assert "rounded" in render_report(result.folder.path)
     (found,) = [bill for bill in bills_of(result) if bill.attack == "4-bit"]
     assert found.limits == "none"
     assert "seconds" in found.fitted

@@ -1,9 +1,12 @@
 """Ranked arms: places by mean rank, paired tests against the first, and what a column must say."""
 
+import json
+
 import pytest
 
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Row
+from temper.run.plan import Request, make_plan
 from temper.run.ranking import Column, columns_from, columns_record, parse_rank, rank_arms, rank_lines
 from temper.run.recipe import parse_recipe
 
@@ -111,6 +114,26 @@ def test_it_is_written_in_a_recipe():
     columns = parse_recipe(document, name="n", where="here").rank
     assert columns == (KEPT, UNDER)
     assert columns_from(columns_record(columns)) == columns
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"step": "scores"}, "no measure step"),
+        ({"under": "relearn 20"}, "Attacks of this recipe: relearn steps 20"),
+    ],
+)
+def test_a_column_that_the_plan_cannot_fill_is_refused_before_the_run(column, message, tmp_path):
+    steps = [
+        {"id": "f", "fit": "npo", "against": [
+            {"id": "relearn", "fit": "tampering", "data": "builtin:people:forget", "budget": {"steps": [20]}}]},
+        {"id": "score", "measure": "npo", "system": "base+f"},
+    ]  # fmt: skip
+    document = {"system": "tiny:llama", "data": "builtin:people", "limit": 2, "steps": steps}
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({**document, "rank": [{"metric": "forget_probability", **column}]}))
+    with pytest.raises(ConfigError, match=message):
+        make_plan(Request(source=str(path)))
 
 
 @pytest.mark.parametrize(

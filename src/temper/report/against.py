@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from temper.core.budget import UNITS
 from temper.core.types import Json, Row
 from temper.report.tables import HeatMap, SummaryRow, summary_table
+from temper.run.against import UNATTACKED
 from temper.run.budgets import attack_of
 
 __all__ = ["Bill", "attack_curves", "attack_maps", "bills", "is_attacked"]
 
-UNATTACKED = "none"
 PLAIN = "plain"
 DEFENDED = "fitted"
 MAX_CURVES = 6

@@ -18,7 +18,10 @@ from temper.core.types import Json
 from temper.run.budgets import attack_of
 from temper.run.recipe import BASE, Opponent, Step
 
-__all__ = ["attack_name", "with_opponents"]
+__all__ = ["UNATTACKED", "attack_name", "with_opponents"]
+
+UNATTACKED = "none"
+"""The opponent that rows of a plain system name which nobody attacked."""
 
 
 def attack_name(label: Mapping[str, Json]) -> str:
@@ -46,7 +49,7 @@ def _added(fit: Step, steps: Sequence[Step], where: str) -> Iterator[Step]:
         )
     defended = str(_with(fit.system, fit.id))
     for look in looks:
-        yield _look(look, f"{look.id}-plain", _without(look.system), "none", None, is_defended=False)
+        yield _look(look, f"{look.id}-plain", _without(look.system), UNATTACKED, None, is_defended=False)
     for opponent in fit.against:
         for budget in opponent.budgets or ({},):
             name = "-".join([opponent.id, *(_text(value) for value in budget.values())])

@@ -15,12 +15,15 @@ from temper.core.errors import ConfigError
 from temper.core.registry import load_card
 from temper.core.spec import SystemSpec, parse_system
 from temper.core.types import Json
+from temper.run.against import UNATTACKED
 from temper.run.artefact_paths import artefact_digest, base_identity, locate
+from temper.run.budgets import attack_of
 from temper.run.cells import CellSpec, StepSpec, expand
 from temper.run.checks import check_extras, check_kind, check_verb, wants_system
 from temper.run.code import code_hash
 from temper.run.inputs import check_part_names, load_inputs, wanted_parts
 from temper.run.options import Options, resolve_options
+from temper.run.ranking import check_columns
 from temper.run.recipe import DataRef, Pipeline, load_recipe, method_defaults
 from temper.run.settings import split_sets
 from temper.store.atomic import canonical
@@ -134,6 +137,7 @@ def make_plan(request: Request) -> Plan:
     expanded = expand(pipeline, sets, seeds=request.seeds, arms=request.arms)
     _check_part_names(expanded)
     _check_read(request, expanded)
+    _check_rank(pipeline, expanded)
     cells = [_plan_cell(cell, options, Path(request.out), loads) for cell in expanded]
     return Plan(request=request, pipeline=pipeline, cells=tuple(cells), options=options)
 
@@ -178,6 +182,16 @@ def _check_read(request: Request, cells: Sequence[CellSpec]) -> None:
     used = [spec.system for spec in specs if spec.system and wants_system(load_card(spec.step.method))]
     if all(system.base != given.base for system in used):
         raise ConfigError("No step uses --system", where=f"{request.source}, system {given}", cure=cure)
+
+
+def _check_rank(pipeline: Pipeline, cells: Sequence[CellSpec]) -> None:
+    """What the arms are to be ranked by will be measured: said before the run, not behind it."""
+    steps = [spec.step for cell in cells for spec in cell.steps]
+    attacks = dict.fromkeys(attack_of(step.label["against"]) for step in steps if "against" in step.label)
+    measures = dict.fromkeys(step.id for step in steps if step.verb == "measure")
+    check_columns(
+        pipeline.rank, [name for name in attacks if name != UNATTACKED], list(measures), pipeline.where
+    )
 
 
 def _plan_cell(cell: CellSpec, options: Options, out: Path, loads: dict[str, Data]) -> Cell:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,7 @@ __all__ = [
     "RankCell",
     "RankLine",
     "Ranking",
+    "check_columns",
     "columns_from",
     "columns_record",
     "parse_rank",
@@ -94,6 +95,25 @@ def parse_rank(raw: Json, where: str) -> tuple[Column, ...]:
         fields = {key: value for key, value in item.items() if key != "as"}
         out.append(Column(name=item.get("as", item["metric"]), **fields))
     return tuple(out)
+
+
+def check_columns(
+    columns: Sequence[Column], attacks: Collection[str], steps: Collection[str], where: str
+) -> None:
+    """Raise ConfigError for a column whose step or attack the plan does not have."""
+    for column in columns:
+        if column.step and column.step not in steps:
+            raise ConfigError(
+                f"There is no measure step {column.step!r}",
+                where=f"{where}: rank: {column.name}",
+                cure=nearest(column.step, steps),
+            )
+        if column.under and column.under not in attacks:
+            raise ConfigError(
+                f"There is no attack {column.under!r}",
+                where=f"{where}: rank: {column.name}",
+                cure=f"Attacks of this recipe: {', '.join(attacks) or 'none'}.",
+            )
 
 
 def columns_from(record: Json) -> tuple[Column, ...]:
