@@ -8,7 +8,7 @@ the batch, a clean copy of the batch runs alongside and gives them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,10 @@ from temper.ops.bounds import (
 )
 from temper.ops.network_graph import read_graph, reads_shape
 
-__all__ = ["ACTIVATIONS", "AFFINE", "SUMS", "BoundedNetwork", "Bounds"]
+__all__ = [
+    "ACTIVATIONS", "AFFINE", "AVERAGING", "DIFFERENCES", "JOINS", "NORMS", "NOTHING", "PRODUCTS", "QUOTIENTS", "RECTIFIERS",
+    "SUMS", "BoundedNetwork", "Bounds",
+]  # fmt: skip
 
 AFFINE = (nn.Linear, nn.Conv2d)
 FUNCTIONAL = (F.linear, F.conv2d)
@@ -71,6 +74,8 @@ class Bounds(NamedTuple):
     """Boxes that enter an activation, in order; where they were asked for."""
     clean: Tensor | None
     """The network's output for the clean inputs; where it was asked for."""
+    norms: Mapping[fx.Node, tuple[Tensor, Tensor]]
+    """Scale and shift by channel that each batch norm was."""
 
 
 class BoundedNetwork:
@@ -205,6 +210,7 @@ class _Walk:
         self.boxes: dict[fx.Node, Any] = {}
         self.clean: dict[fx.Node, Any] = {}
         self.hidden: list[Box] = []
+        self.norms: dict[fx.Node, tuple[Tensor, Tensor]] = {}
 
     def run(self, inputs: Inputs, labels_B: Tensor | None) -> Bounds:
         output = self.net.nodes[-1].args[0]
@@ -219,16 +225,18 @@ class _Walk:
                 self.boxes[node] = self.clean[node] = self.net.constant(node)
                 continue
             scale_shift = self._norm(node) if self.net.rule(node) in NORMS else None
+            self.norms |= {node: scale_shift} if scale_shift else {}
             if scale_shift is None and node in self.clean_nodes:
                 self.clean[node] = self._clean_value(node)
             if node is not last and not self._is_folded(node):
                 self.boxes[node] = self._box(node, scale_shift)
         kept, clean = tuple(self.hidden), self.clean.get(output)
         if last is None or labels_B is None:
-            return Bounds(self.boxes[output], None, kept, clean)
+            return Bounds(self.boxes[output], None, kept, clean, self.norms)
         before, linear = self.boxes[last.all_input_nodes[0]], self.net.module(last)
         _require_width(linear, before.centre, last)
-        return Bounds(before, margin_bounds(before, linear.weight, linear.bias, labels_B), kept, clean)
+        margins_BC = margin_bounds(before, linear.weight, linear.bias, labels_B)
+        return Bounds(before, margins_BC, kept, clean, self.norms)
 
     def _require_linear(self, output: fx.Node) -> fx.Node:
         if self.net.rule(output) is not nn.Linear:

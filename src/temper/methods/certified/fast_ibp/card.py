@@ -35,6 +35,9 @@ Maths         x, y     pixels in [0, 1] and label;  box  [max(x - eps, 0), min(x
                        look at boxes of 1e-6
               eps_t    0 in the first epochs; over the ramp's steps s = 0 .. S: alpha s^4 up to M = S/4, then linear up to
                        eps, alpha = eps / ((S - M) 4 M^3 + M^4): value and slope match at M
+              crown    lb_j = f CROWN_j + (1 - f) IBP_j with f = 1 - eps_t / eps in L_robust. CROWN_j: z_y - z_j followed back
+                       as one linear function; at a ReLU with l < 0 < u coefficients above 0 take the line of slope 1
+                       (u > -l) or 0, those below 0 the line u (z - l) / (u - l); l, u by IBP. Then its least value in the box.
               growth   mean(D_I) / mean(D_0): by how much boxes grow on their way to the last hidden layer
 
 Departures    1. A step's images are always a full batch: what is left over sits out that epoch (another part in each).
@@ -48,7 +51,7 @@ Departures    1. A step's images are always a full batch: what is left over sits
                  reports the bounds alone.
 
 Limits        Certificates hold for real arithmetic: float rounding can matter where a margin is about 1e-6. L-infinity
-              only. Plain IBP: the CROWN-IBP variant (a mix of linear relaxations while eps grows) is not here. Layers
+              only. Certificates are those of plain IBP, with crown too: linear bounds act in training alone. Layers
               without a bound rule (GELU, softmax attention, layer norm) are refused by name, and networks that do not end
               in a linear layer or whose forward pass branches on values. Images only; the bounds themselves take tables
               too (`temper.ops.network_bounds`). Networks trained otherwise verify almost nothing at the eps used here.
@@ -79,6 +82,8 @@ class Config:
     """Weight lambda of the regularisers; 0 leaves them out. The paper takes 0.1 to 0.2 for TinyImageNet."""
     regularisers: tuple[Literal["tight", "relu"], ...] = ("tight", "relu")
     """Which regularisers act until the ramp ends."""
+    crown: bool = False
+    """CROWN-IBP: while eps grows, margins are in part linear bounds (1 - eps_t / eps of them). Dearer by a pass a class."""
     tau: float = 0.5
     """What the regularisers ask of a ratio; above it they vanish."""
     batch_rows: int = 256

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from temper.methods.certified.fast_ibp.card import Config
 from temper.ops.bounds import Box, Inputs, input_box, robust_losses
+from temper.ops.linear_bounds import linear_margins, mixed_margins
 from temper.ops.network_bounds import BoundedNetwork
 from temper.ops.objectives import SumCount
 from temper.systems.image_classifier import Examples, ImageClassifier
@@ -109,10 +110,14 @@ class BoxObjective:
         inputs = system_box(self.system, pixels, self.eps or (SMALL_EPS if names else 0.0))
         if not self.eps and not names:
             return {"clean": SumCount(_clean_loss(model(inputs.clean), labels_B), len(items))}
-        found = self.bounded.bounds(inputs, labels_B, hidden=bool(names), clean=not self.eps)
+        share = 1 - self.eps / self.config.eps if self.eps and self.config.crown else 0.0
+        found = self.bounded.bounds(inputs, labels_B, hidden=bool(names or share), clean=not self.eps)
         terms: dict[str, Any] = {}
         if self.eps:
-            terms["robust"] = SumCount(robust_losses(found.margins).sum(), len(items))  # type: ignore[arg-type]
+            margins: Any = found.margins
+            if share:
+                margins = mixed_margins(linear_margins(self.bounded, inputs, found, labels_B), margins, share)
+            terms["robust"] = SumCount(robust_losses(margins).sum(), len(items))
         else:
             terms["clean"] = SumCount(_clean_loss(found.clean, labels_B), len(items))
         for name in names:

@@ -25,6 +25,7 @@ from temper.methods.certified.fast_ibp.objective import (
     tightness_loss,
 )
 from temper.ops.bounds import Box, box_between, robust_losses
+from temper.ops.linear_bounds import linear_margins, mixed_margins
 from temper.ops.network_bounds import BoundedNetwork
 from temper.systems.image_classifier import Examples, ImageClassifier
 from temper.systems.networks import build_network
@@ -259,6 +260,35 @@ def test_the_check_sees_a_wrong_bound(digits):
     assert not all(found.confirmed)
     assert found.margin_gap > 1
     assert found.num_outside > 0
+
+
+def test_crown_margins_act_while_eps_grows(digits):
+    """At eps_t the robust loss is that of f linear + (1 - f) interval margins, f = 1 - eps_t / eps; at eps it is plain IBP."""
+    system = classifier("mlp-w8")
+    given, bounded, terms = system.examples(digits["train"][:20]), BoundedNetwork(system.model), {}
+    for crown in (False, True):
+        objective = BoxObjective(system, bounded, given, quick(crown=crown, clean_epochs=0, ramp_epochs=8))
+        for step in (6, 8):
+            objective.at_step(step, 1)
+            terms[crown, step] = objective(system.model, range(20))["robust"].total
+    assert torch.equal(terms[True, 8], terms[False, 8])
+    assert terms[True, 6] < terms[False, 6]
+    objective.at_step(6, 1)
+    inputs = system_box(system, given.pixels_BCHW, objective.eps)
+    found = bounded.bounds(inputs, given.class_B, hidden=True)
+    linear = linear_margins(bounded, inputs, found, given.class_B)
+    share = 1 - objective.eps / 0.05
+    wanted = robust_losses(mixed_margins(linear, found.margins, share)).sum()
+    assert torch.allclose(terms[True, 6], wanted)
+    weight = next(system.model.parameters())
+    assert not torch.equal(*(torch.autograd.grad(terms[crown, 6], weight)[0] for crown in (True, False)))
+
+
+def test_crown_training_proves_much(digits):
+    system = classifier("mlp-w16-bn")
+    with method.fit(system, digits, quick(crown=True), Run()).apply(system) as trained:
+        rows = by_name(method.measure(trained, digits, quick(attack_steps=0), Run()))
+    assert rows["verified_error"] < 0.7
 
 
 def test_the_learning_rate_drops_after_the_given_epochs(digits):
