@@ -131,7 +131,6 @@ def _show(result: RunResult, as_json: bool) -> None:
         print_table(columns, [_line(row, table.arms) for row in table.rows[:NUM_SHOWN]])
     if len(table.rows) > NUM_SHOWN:
         say(f"... {len(table.rows) - NUM_SHOWN} more metrics in {folder.path / 'rows.jsonl'}")
-    _show_ranking(rows, result.plan.pipeline.rank)
     maps = attack_maps(rows)
     for attacked in maps[:MAPS_SHOWN]:
         print_table((attacked.metric, *attacked.arms), _attack_lines(attacked))
@@ -140,6 +139,7 @@ def _show(result: RunResult, as_json: bool) -> None:
     paid = bills((step.label, folder.step(step.name).done()) for step in result.plan.steps)
     if paid:
         print_table(("budget of", "limit", "used on the fitted", "used on the plain"), paid)
+    _show_ranking(rows, result.plan.pipeline.rank)
     for step in result.plan.steps:
         if step.verb == "fit" and "against" not in step.label:
             print(f"{step.id} (seed {step.seed}): {_spec(step, folder.step(step.name).path)}")
