@@ -100,9 +100,8 @@ class DualEncoder(LocalSystem):
             parts = [self.image_vectors(self.pixels(part)) for part in _chunks(images)]
             return torch.cat(parts) if parts else torch.zeros(0, self.width, device=self.device)
         check_pixels(images, self.shape, self.spec)
-        mean, std = (
-            torch.tensor(v or (d,), device=images.device) for v, d in ((self.mean, 0.0), (self.std, 1.0))
-        )
+        given = ((self.mean, 0.0), (self.std, 1.0))
+        mean, std = (torch.tensor(value or (default,), device=images.device) for value, default in given)
         normal_BCHW = (images - mean[:, None, None]) / std[:, None, None]
         seen = self.model.vision_model(pixel_values=normal_BCHW.to(self.dtype))
         return _unit(self.model.visual_projection(seen.pooler_output))
