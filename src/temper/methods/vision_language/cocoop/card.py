@@ -44,6 +44,8 @@ Limits        Classes need names that the tokenizer knows and that fit beside th
               classes they were trained on. CoCoOp runs the text tower once a picture and class: with 1000 classes a step of
               one picture costs as much as 1000 texts. A linear probe has no scores for new classes. Where CLIP already
               separates the new classes well there is little to lose, and CoOp's weakness stays small.
+              The meta-net of a small CLIP has few units (E // 16); a large learning rate can switch all of them off for every
+              picture, and CoCoOp is then CoOp with another start. The report's table of shifts tells.
 Reference code  github.com/KaiyangZhou/CoOp (MIT; facts only).
 """
 
