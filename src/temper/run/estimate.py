@@ -26,8 +26,8 @@ KNOWN_PARAMETERS = {
     "efficientnet-lite0": 4_652_008,
     "world:clip": 1_100_000,
     "world:attributes": 80_000,
-    "world:classes": 1_260_000,
-    "world:diffusion": 1_260_000,
+    "world:classes": 620_979,
+    "world:diffusion": 1_106_899,
 }
 ADAPTER_SHARE = 0.04
 FLOAT_BYTES = 4
