@@ -126,3 +126,16 @@ def test_two_steps_that_measure_the_same_are_two_columns():
     assert table.arms == ["before", "after", ""]
     assert {arm: cell.value for arm, cell in table.rows[0].cells.items()} == {"before": 0.2, "after": 0.8}
     assert list(table.rows[1].cells) == [""]
+
+
+def test_a_step_that_all_arms_share_is_one_column_of_its_own():
+    def measured(arm, step, value, step_hash):
+        facts = {"seed": 0, "step": step, "step_hash": step_hash}
+        return Row(metric="f1", value=value, arm=arm, facts=facts)
+
+    rows = [measured(arm, "reference", 0.9, "r") for arm in ("a", "b")]
+    own = [measured("a", "score", 0.5, "s1"), measured("b", "score", 0.6, "s2")]
+    table = summary_table([rows[0], own[0], rows[1], own[1]])
+    assert table.arms == ["reference", "a", "b"]
+    assert [cell.value for cell in table.rows[0].cells.values()] == [0.9, 0.5, 0.6]
+    assert summary_table(rows).arms == ["a", "b"]  # nothing but what they share: the arms are compared

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from temper.core.types import Row
@@ -101,11 +102,11 @@ Key = tuple[str, str, str]
 def summary_table(rows: Iterable[Row], *, groups: bool = False) -> SummaryTable:
     """Metrics by arm; rows about one item are averaged per metric, rows with a group come with `groups` only.
 
-    Where several steps of an arm measured the same, each is a column of its own.
+    Where several steps of an arm measured the same, each is a column of its own; one that all arms share comes once.
     """
     arms: dict[str, None] = {}
     buckets: dict[Key, dict[str, list[Row]]] = {}
-    kept = [row for row in rows if groups or not row.group]
+    kept = _shared_once([row for row in rows if groups or not row.group])
     several = _measured_twice(kept)
     for row in kept:
         step = (
@@ -119,6 +120,27 @@ def summary_table(rows: Iterable[Row], *, groups: bool = False) -> SummaryTable:
         for key, by_arm in buckets.items()
     ]
     return SummaryTable(list(arms), lines)
+
+
+def _shared_once(rows: list[Row]) -> list[Row]:
+    """Rows of a step that is the same in every arm, such as a reference, once and named by the step.
+
+    Only where each arm also has steps of its own: else the arms are what is compared.
+    """
+    arms: dict[str, set[str]] = {}
+    for row in rows:
+        arms.setdefault(str(row.facts.get("step_hash", row.arm)), set()).add(row.arm)
+    everyone = set().union(*arms.values())
+    shared = {step for step, found in arms.items() if found == everyone and len(found) > 1}
+    own = set().union(*(found for step, found in arms.items() if step not in shared))
+    if not shared or own != everyone:
+        return rows
+    first = next(row.arm for row in rows if row.facts.get("step_hash") in shared)
+    return [
+        row if row.facts.get("step_hash") not in shared else replace(row, arm=str(row.facts.get("step", "")))
+        for row in rows
+        if row.facts.get("step_hash") not in shared or row.arm == first
+    ]
 
 
 def _measured_twice(rows: Sequence[Row]) -> set[tuple[str, str, str, str]]:
