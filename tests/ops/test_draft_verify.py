@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from temper.core.errors import DataError, ModelError, NumericsError
@@ -92,6 +92,7 @@ def test_a_model_without_key_value_cache_reads_the_whole_text_again(lively, rand
 
 
 @settings(max_examples=20, deadline=None)
+@example([20, 20, 20], 5.0, 2, True, 1)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=5),
     st.sampled_from([1.5, 5.0, 50.0, 1e4]),
@@ -105,7 +106,9 @@ def test_the_block_length_changes_the_time_and_not_the_reply(
     system, reference = lively("llama"), lively("llama", seed=1)
     prompts = random_prompts(lengths, seed=sum(lengths))
     sampling = DRAWN if drawn else GREEDY
-    one = checked(system, reference, prompts, alpha, 1, sampling)
+    # Rows in other company round otherwise, and a uniform may fall between two tokens by so little.
+    company = {"width": width} if drawn else {}
+    one = checked(system, reference, prompts, alpha, 1, sampling, **company)
     several = checked(system, reference, prompts, alpha, block, sampling, width=width)
     assert ids_of(one) == ids_of(several)
     for single, blocked in zip(one, several, strict=True):
