@@ -251,7 +251,7 @@ CARD = Card(
         ),
         Claim(
             id="the-attacks-matter",
-            sentence="And fewer than after the same two stages with the same steps and losses but no attack in training.",
+            sentence="And fewer than after as many steps of the same two stages without attacks, which read every forget row.",
             metric="tamper_auc",
             arm="tar",
             baseline="no_attack",
