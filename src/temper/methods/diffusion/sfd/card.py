@@ -60,11 +60,10 @@ Departures    1. Times are shares of the schedule's levels, so one setting serve
 Limits        Three networks and two optimisers in memory. Class- or text-conditional teachers only. Too large a
               forget_weight spoils the other classes, too small a one does not forget in a short run: the paper's 0.01 is
               for 50,000 steps. A fake score that learns too slowly for the generator, and a strongly guided teacher, lose
-              classes that nothing was to be forgotten of: look at sid first. In a short run colours and places vary less
-              than the teacher's, which rates do not see; the grids in the report and frechet do. What is drawn under
-              conditions that were never trained on (other words for a concept, other languages) is not looked at. A fit
-              keeps no checkpoints: one that was stopped begins anew. esd and guidance need a model that can be asked for
-              nothing.
+              classes that nothing was to be forgotten of: look at sid first. After a short run the drawings are grainy,
+              which the rates do not see: look at the grids in the report. What is drawn under conditions that were never
+              trained on (other words for a concept, other languages) is not looked at. A fit keeps no checkpoints: one that
+              was stopped begins anew. esd and guidance need a model that can be asked for nothing.
 
 Reference code  github.com/tqch/score-forgetting-distillation (Apache-2.0; folders DDPM and SD).
 """
