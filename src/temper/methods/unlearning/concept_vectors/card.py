@@ -45,10 +45,11 @@ Departures    1. BLEU's reference is the original's answer and its hypothesis th
               9. Questions are put through the model's chat template; `plain` gives the paper's Question/Answer text.
               10. ROUGE-L is rouge-score's, without stemming, where the released code takes the package rouge.
 
-Limits        A concept is usually spread over many columns, and no clear vector is a valid result: `make` then says so. Likeness to
-              the original's answer is no truth: other wording counts as forgotten. Where E moved, every projection moves with
-              it: look at embedding_drift. German questions are translated for builtin:people, otherwise a column German_QA or a
-              German request to answer the English question. Mixtures of experts and fused or quantised layers are refused.
+Limits        A concept is usually spread over many columns, and no clear vector is a valid result: `make` then says so (facts
+              that a small model has just been fine-tuned on have none). Likeness to the original's answer is no truth: other
+              wording counts as forgotten. Where E moved, every projection moves with it: look at embedding_drift. German
+              questions are translated for builtin:people, otherwise a column German_QA or a German request to answer the
+              English question. Mixtures of experts and fused or quantised layers are refused.
 Reference code  github.com/yihuaihong/ConceptVectors (CC-BY-4.0; facts only).
 """
 
