@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from temper.ops.optim import BuildOptimizer, adamw
 from temper.ops.precision import eval_mode
 from temper.ops.train_loop import Loop, Plan
 from temper.ops.train_settings import TrainLog, TrainSettings
+from temper.systems.freed_memory import all_memory_kept
 
 __all__ = ["Objective", "SftObjective", "SumCount", "TrainLog", "TrainSettings", "train"]
 
@@ -59,7 +60,8 @@ def train(
         lambda chosen: adamw(chosen, settings.lr, settings.weight_decay, settings.betas, settings.eps)
     )
     loop = Loop(model, trained, build(trained), objective, settings, run, plan, length)
-    with _training(model, trained, settings):
+    kept = all_memory_kept() if trained[0].device.type == "cpu" else nullcontext()
+    with kept, _training(model, trained, settings):
         start = loop.resume()
         for step in run.ticker(range(start, plan.num_steps), total=plan.num_steps - start, label="train"):
             if not loop.is_paid(step):

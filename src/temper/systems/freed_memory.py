@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["all_memory_kept", "keep_freed_memory"]
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -4, -3, -1
 """Parameters of glibc's mallopt."""
 LARGEST_KEPT, MOST_KEPT = 32 << 20, 256 << 20
 """Bytes. Blocks above the first, the most that glibc takes, go back at once, and so does what lies idle above the second
 at the heap's end: without both bounds a pipeline's memory grew by a sixth.
 """
+MANY, NEVER = 65536, -1
+"""glibc's own number of blocks that are mapped on their own; no trimming."""
 USERS_OWN = (
     "GLIBC_TUNABLES",
     "MALLOC_MMAP_THRESHOLD_",
@@ -36,3 +40,20 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(TRIM_THRESHOLD, MOST_KEPT))
+
+
+@contextmanager
+def all_memory_kept() -> Iterator[None]:
+    """Inside, every block is kept, whatever its size: steps that ask for the same again and again. Then idle memory goes back."""
+    if not keep_freed_memory():
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        libc.mallopt(MMAP_MAX, MANY)
+        libc.mallopt(TRIM_THRESHOLD, MOST_KEPT)
+        libc.malloc_trim(0)
