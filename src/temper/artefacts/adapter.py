@@ -21,8 +21,9 @@ from temper.artefacts.vocabulary import Vocabulary, put_rows
 from temper.artefacts.weights import ROWS, Weights, between
 from temper.core.errors import ModelError
 from temper.core.types import Json
+from temper.systems.anchors import is_conv1d
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "Adapter", "is_conv1d", "peft_rows_key"]
+__all__ = ["CONFIG", "PREFIX", "TENSORS", "Adapter", "peft_rows_key"]
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -32,11 +33,6 @@ PREFIX = "base_model.model."
 def peft_rows_key(module: str) -> str:
     """PEFT's name for the trained rows of an embedding or head."""
     return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is GPT-2's linear layer, whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D"
 
 
 @dataclass(eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from temper.artefacts.adapter import is_conv1d
 from temper.core.errors import ConfigError, nearest
+from temper.systems.anchors import is_conv1d
 
 __all__ = ["ALL_LINEAR", "suffixes", "target_modules", "target_parameters"]
 

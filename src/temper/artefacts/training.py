@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from temper.artefacts.adapter import PREFIX, Adapter, is_conv1d, peft_rows_key
+from temper.artefacts.adapter import PREFIX, Adapter, peft_rows_key
 from temper.artefacts.base import need_model
 from temper.artefacts.lora_linear import fuse
 from temper.artefacts.preserved import preserved
@@ -23,6 +23,7 @@ from temper.artefacts.weights import Weights
 from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Json, Run
 from temper.ops.checkpoint import kept_buffers
+from temper.systems.anchors import is_conv1d
 
 __all__ = ["Tune", "Tuning", "tuning"]
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from temper.core.types import Run
-from temper.ops.batching import plan_batches
+from temper.ops.micro_batch import part_loss, split
 from temper.ops.objectives import Objective
 from temper.ops.optim import BuildOptimizer
-from temper.ops.packed import can_pack
-from temper.ops.precision import autocast, float32_products, short_attention
 
 __all__ = ["Gradient", "Grads", "add_scaled", "gradient", "inner_loop", "restored"]
 
@@ -49,20 +47,11 @@ def gradient(
     counts = {name: float(count) for name, count in objective.counts(items).items()}
     lengths = [length(item) for item in items]
     device = parameters[0].device
-    packs = getattr(objective, "packs", False) and device.type == "cpu" and can_pack(model)
     total = torch.zeros((), device=device)
     grads: Grads = [None] * len(parameters)
-    for places in plan_batches(lengths, run, packed=packs):
+    for places in split(model, objective, lengths, run, device):
         part = [items[place] for place in places]
-        longest = max(lengths[place] for place in places)
-        with short_attention(device, longest), float32_products(run):
-            with autocast(run):
-                terms = objective(model, part)
-            weights = objective.weights
-            loss = sum(
-                (weights[name] * term.total / counts[name] for name, term in terms.items() if counts[name]),
-                torch.zeros((), device=device),
-            )
+        with part_loss(model, objective, part, counts, run, length=length, device=device) as (_, loss):
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         total = total + loss.detach()
         add_scaled(grads, found, 1.0)

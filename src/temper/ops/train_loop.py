@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from temper.core.errors import ConfigError, DataError, NumericsError
 from temper.core.types import Json, Run
 from temper.ops import checkpoint
-from temper.ops.batching import plan_batches
-from temper.ops.objectives import Objective, SumCount
+from temper.ops.micro_batch import part_loss, split
+from temper.ops.objectives import Objective
 from temper.ops.optim import lr_factor, set_lr
-from temper.ops.packed import can_pack
-from temper.ops.precision import autocast, float32_products, short_attention
 from temper.ops.processes import processes
 from temper.ops.train_settings import TrainLog, TrainSettings
 
@@ -111,7 +109,6 @@ class Loop(Generic[Item]):
             )
         self._fetch()
         self._cost()
-        self.log.stopped_early = True
         return False
 
     def step(self, step: int) -> None:
@@ -135,25 +132,16 @@ class Loop(Generic[Item]):
 
     def _backward(self, step: int, items: Sequence[Item], counts: Mapping[str, float]) -> dict[str, Tensor]:
         """Add this process's share of the step's gradient; gives each term's summed loss."""
-        weights, seen = self.objective.weights, dict.fromkeys(counts, 0.0)
-        zero = torch.zeros((), device=self.parameters[0].device)
-        totals = {name: zero.double() for name in counts}
+        device, seen = self.parameters[0].device, dict.fromkeys(counts, 0.0)
+        totals = {name: torch.zeros((), device=device, dtype=torch.float64) for name in counts}
         for index, places in enumerate(self._split(items)):
             if not self.procs.owns(index):
                 continue
-            _seed(self.run.seed, step, index, self.parameters[0].device)
+            _seed(self.run.seed, step, index, device)
             part = [items[place] for place in places]
-            # The backward pass too: recomputed activations must take the same kernels.
-            length = getattr(self.objective, "longest", self.length)
-            longest = max(length(item) for item in part)
-            with short_attention(self.parameters[0].device, longest), float32_products(self.run):
-                with autocast(self.run):
-                    terms = self.objective(self.model, part)
-                _check_terms(terms, weights, counts)
-                losses = [
-                    weights[name] * term.total / counts[name] for name, term in terms.items() if counts[name]
-                ]
-                loss = sum(losses, zero)
+            with part_loss(
+                self.model, self.objective, part, counts, self.run, length=self.length, device=device
+            ) as (terms, loss):
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
             for name, term in terms.items():
@@ -174,8 +162,7 @@ class Loop(Generic[Item]):
         if getattr(self.objective, "unsplittable", False):
             self._check_whole(lengths)
             return [list(range(len(items)))]
-        packs = getattr(self.objective, "packs", False) and self.is_cpu and can_pack(self.model)
-        return plan_batches(lengths, self.run, packed=packs)
+        return split(self.model, self.objective, lengths, self.run, self.parameters[0].device)
 
     def _check_whole(self, lengths: Sequence[int]) -> None:
         needed = len(lengths) * max(lengths)
@@ -323,14 +310,6 @@ def _seed(seed: int, step: int, index: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(drawn)
     if device.type == "cuda":
         torch.cuda.manual_seed(drawn)
-
-
-def _check_terms(
-    terms: Mapping[str, SumCount], weights: Mapping[str, float], counts: Mapping[str, float]
-) -> None:
-    for name in terms:
-        if name not in weights or name not in counts:
-            raise ConfigError(f"The loss term {name!r} has no {'weight' if name not in weights else 'count'}")
 
 
 def _check_counts(seen: Mapping[str, float], counts: Mapping[str, float]) -> None:

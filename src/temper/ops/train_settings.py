@@ -73,6 +73,7 @@ class TrainLog:
     peak_memory_bytes: int = 0
     """Of the process, or of the accelerator where there is one."""
     stopped_early: bool = False
+    """Whether `stop_when` ended it; what a budget ended stands in the budget."""
 
     @property
     def num_steps(self) -> int:

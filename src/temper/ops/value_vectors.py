@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from temper.core.errors import ModelError, NeedsError
-from temper.ops.projection import head_of
-from temper.systems.anchors import unwrap
+from temper.ops.projection import CHUNK_LOGITS, head_of
+from temper.systems.anchors import is_conv1d, unwrap
 
 __all__ = [
     "DOWN_PROJECTIONS",
@@ -48,8 +48,6 @@ DOWN_PROJECTIONS: dict[str, tuple[str, str]] = {
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Under what names configs say how many experts a layer has."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-CHUNK_LOGITS = 2**24
-"""Logits that exist at once (64 MiB in float32)."""
 
 
 class Place(NamedTuple):
@@ -117,7 +115,7 @@ def down_projection(model: nn.Module, layer: int) -> DownProjection:
         ) from None
     _check_plain(module, full)
     name = next(n for n, p in model.named_parameters(remove_duplicate=False) if p is module.weight)
-    return DownProjection(name, module, _is_conv1d(module))
+    return DownProjection(name, module, is_conv1d(module))
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -139,16 +137,12 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return list(inner.get_submodule(DOWN_PROJECTIONS[kind][0]).children())
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def _check_plain(module: nn.Module, path: str) -> None:
     """Raise NeedsError unless the weight is one plain floating-point matrix of its own."""
     kind = type(module).__name__
     weight = getattr(module, "weight", None)
     cure = "Load the model unquantised, and merge adapters first."
-    if not (isinstance(module, nn.Linear) or _is_conv1d(module)) or not isinstance(weight, nn.Parameter):
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, nn.Parameter):
         raise NeedsError(f"The down-projection is a {kind}, not a plain linear layer", where=path, cure=cure)
     if weight.ndim != 2 or weight.dtype not in PLAIN or type(weight.data) is not Tensor:
         raise NeedsError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from temper.core.spec import SystemSpec, parse_system
 from temper.run.artefact_paths import base_identity, locate
 from temper.run.options import Options
 from temper.store.atomic import canonical
+from temper.systems.freed_memory import trim_heap
 
 if TYPE_CHECKING:
     from temper.systems.base import System
@@ -59,10 +58,7 @@ def _dtype(options: Options) -> str:
 def release_memory() -> None:
     """Give freed memory back to the system: on glibc the heap of a finished step would stay with the process."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 def drop_bases() -> None:

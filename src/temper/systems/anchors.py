@@ -19,6 +19,7 @@ __all__ = [
     "final_norm",
     "head",
     "input_norm",
+    "is_conv1d",
     "layers",
     "mlp",
     "post_norm",
@@ -114,6 +115,11 @@ def unwrap(model: nn.Module) -> Any:
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model.get_base_model()
     return model
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is GPT-2's linear layer, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

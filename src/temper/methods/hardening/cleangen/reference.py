@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from temper.artefacts import Adapter, Tune, Weights, load_artefact, tuning
+from temper.artefacts import Adapter, Tune, Weights, load_artefact
+from temper.artefacts.fine_tuning import fine_tuned
 from temper.artefacts.preserved import preserved
 from temper.core.errors import ConfigError, ModelError, NeedsError
 from temper.core.spec import parse_system
@@ -20,7 +21,7 @@ from temper.methods.hardening.cleangen.card import Config
 from temper.ops.backdoor import Trigger, implant_rows
 from temper.ops.batching import encode
 from temper.ops.draft_verify import require_same_vocabulary
-from temper.ops.train import SftObjective, TrainSettings, train
+from temper.ops.train import TrainSettings
 from temper.systems.causal_lm import CausalLM
 from temper.systems.loading import load_base
 
@@ -79,16 +80,7 @@ def tuned_on(system: CausalLM, records: Sequence[Dialogue], config: Config, run:
     examples = [encode(system, record, max_tokens=config.max_tokens) for record in records]
     tune = Tune(mode=config.tuning, r=config.rank, alpha=2.0 * config.rank)
     settings = TrainSettings(lr=config.lr, num_epochs=config.num_epochs, batch_rows=config.batch_rows)
-    with tuning(system, tune, run) as tuned:
-        log = train(
-            tuned.system.model,
-            tuned.parameters(),
-            lambda epoch: examples,
-            SftObjective(tuned.system.pad_id, tuned.system.device),
-            settings,
-            run,
-            length=lambda example: len(example.ids),
-        )
+    with fine_tuned(system, examples, tune, settings, run) as (tuned, log):
         logger.info("tuned on %d rows: %.3f nats a token at the end", len(examples), log.loss[-1])
         return tuned.finish(SLUG)
 

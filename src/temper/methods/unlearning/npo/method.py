@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from temper.artefacts import Artefact, tuning
+from temper.artefacts.fine_tuning import fine_tuned
 from temper.core.types import Row, Run
 from temper.data.schemas import Data
 from temper.methods.unlearning.npo import metrics, path, toy
 from temper.methods.unlearning.npo.card import LEARN, Config
 from temper.methods.unlearning.npo.training import encode_answers, prepare, tune, unlearn
-from temper.ops.train import SftObjective, train
 from temper.ops.unlearning import curve_figures, train_settings
 from temper.systems.causal_lm import CausalLM
 
@@ -42,16 +42,8 @@ def learn(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     """
     records: list[Any] = [*data["forget"], *data.get("retain")]
     examples = encode_answers(system, records, config)
-    with tuning(system, tune(config, run), run) as tuned:
-        log = train(
-            tuned.system.model,
-            tuned.parameters(),
-            lambda epoch: examples,
-            SftObjective(tuned.system.pad_id, tuned.system.device),
-            train_settings(len(examples), config, log_every=1 if config.max_forget_nll else 10),
-            run,
-            length=lambda example: len(example.ids),
-        )
+    settings = train_settings(len(examples), config)
+    with fine_tuned(system, examples, tune(config, run), settings, run) as (tuned, log):
         logger.info("learnt %d rows: %.3f nats a token at the end", len(examples), log.loss[-1])
         return tuned.finish(SLUG)
 
