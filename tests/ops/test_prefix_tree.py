@@ -106,6 +106,15 @@ def test_every_architecture_equals_whole_rows(lively, random_prompts, kind, atte
     torch.testing.assert_close(got, response_logprobs(system, examples, run=ALONE), atol=1e-5, rtol=1e-5)
 
 
+def test_rows_share_under_autocast_too(lively, random_prompts):
+    system, run = lively("llama"), Run(precision="bf16")
+    examples = passages(random_prompts)
+    got = response_logprobs(system, examples, run=run)
+    with prefix_tree.reading(system, run, 0):
+        assert prefix_tree.tree_works(system, 60)
+    torch.testing.assert_close(got, response_logprobs(system, examples, run=Run()), atol=0.05, rtol=0.02)
+
+
 def tokens_run(system, work):
     """How many tokens the decoder reads."""
     counted = []
@@ -210,7 +219,7 @@ def test_many_tokens_run_on_packed_weights_and_give_the_same(lively, random_prom
 
 def test_equal_rows_and_none(lively):
     system = lively("llama")
-    rows = [Example([5, 6, 7], [False, False, True])] * 3
+    rows = [Example([5, 6, 7, 8, 9, 10], [False] * 5 + [True])] * 3
     values = response_logprobs(system, rows, run=Run())
     assert torch.equal(values, values[:1].expand(3))
     assert len(response_logprobs(system, [], run=Run())) == 0

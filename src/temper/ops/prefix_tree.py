@@ -266,7 +266,10 @@ def tree_works(system: CausalLM, longest: int) -> bool:
     known = _PROBED.setdefault(model, {})
     if key not in known:
         with without_hooks(model), eval_mode(model):
-            known[key] = _probe(system)
+            # What low precision would hide shows in the weights' own.
+            with torch.autocast(device.type, enabled=False):
+                works = _probe(system)
+            known[key] = works and (not torch.is_autocast_enabled(device.type) or _probe(system))
         if not known[key]:
             logger.info("%s reads every row from its first token", type(model).__name__)
     return known[key]
@@ -276,25 +279,23 @@ def tree_works(system: CausalLM, longest: int) -> bool:
 def _probe(system: CausalLM) -> bool:
     """Three rows as a tree, alone and behind a kept prefix, against plain forward passes."""
     model: Any = system.model
-    size = model.config.get_text_config().vocab_size
-    rows = [
-        [(a * n + a) % size for n in (1, 2, 3)] + tail
-        for a, tail in ((3, [1, 2, 0]), (3, [2, 2]), (3, [2, 0, 1]))
-    ]
+    # Ids from all over the vocabulary: the lowest are control tokens, whose activations are extreme.
+    step = model.config.get_text_config().vocab_size // 11
+    rows = [[step * place for place in (1, 2, 3, *tail)] for tail in ((4, 5, 6), (7, 8), (7, 9, 4))]
     tree = _Tree(sorted(rows), [[len(row) - 1] for row in sorted(rows)])
     try:
         plain = [
             model(input_ids=torch.tensor([row], device=system.device)).logits[0, -1] for row in tree.rows
         ]
         want_NV = torch.stack(plain).float()
-        worst = 0.0
+        gap = torch.zeros(())
         for depth in (0, 2):
             kept = PrefixCache.empty(model).extended(model, rows[0][:depth]) if depth else None
             one = _forward_pass(system, [tree.pack((0, 3), depth)], kept)
             logits_SV = model(**one.inputs, use_cache=False).logits[one.at_BT].float()
-            worst = max(worst, float((logits_SV[torch.cat(one.node_S)] - want_NV).abs().max()))
+            gap = torch.maximum(gap, (logits_SV[torch.cat(one.node_S)] - want_NV).abs().mean(-1).max().cpu())
     except (NeedsError, *PROBE_ERRORS) as error:
         logger.info("%s does not read rows as a tree: %s", type(model).__name__, error)
         return False
     half = model.dtype != torch.float32 or torch.is_autocast_enabled(torch.device(system.device).type)
-    return worst <= (5e-2 if half else 1e-4) * float(want_NV.abs().max().clamp(min=1e-6))
+    return float(gap) <= (0.1 if half else 1e-4) * float(want_NV.std().clamp(min=1e-6))

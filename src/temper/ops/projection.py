@@ -71,7 +71,7 @@ class Hidden(NamedTuple):
 
 
 def wanted_hidden(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) -> Hidden:
-    """The hidden states that reach the head at the chosen positions; the head itself runs on one position.
+    """The hidden states that reach the head at the chosen positions; the head itself runs on none.
 
     Ids alone are rows padded on the right. To train on them, a CPU reads them end to end, each up to its last position.
     """
@@ -111,7 +111,7 @@ def _caught(model: nn.Module, forward: Callable[[], Any], at_BT: Tensor) -> Hidd
 
     def catch(hidden_BTD: Tensor) -> Tensor:
         caught.append(_select(hidden_BTD, at_BT))
-        return hidden_BTD[:1, :1]
+        return hidden_BTD[:1, :0]
 
     with _head_input(model, catch):
         logits = forward().logits
