@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from temper.core.errors import ModelError
@@ -35,6 +36,8 @@ __all__ = [
 CHUNK_LOGITS = 2**24
 """Logits that exist at once in one chunk (64 MiB in float32)."""
 
+BLOCK = 8192
+"""Ids whose rows of the head's gradient are computed at a time."""
 LEAST_SHARED = 8
 """Tokens of a beginning that is worth a line of its own."""
 
@@ -166,9 +169,7 @@ def token_logprobs(head: nn.Module, hidden_SD: Tensor, target_S: Tensor, num_ids
     """
     if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
         dtype = _compute_dtype(hidden_SD)
-        weight = head.weight.to(dtype)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return _LinearLogprobs.apply(hidden_SD.to(dtype), weight, bias, target_S)  # type: ignore[no-any-return]
+        return _LinearLogprobs.apply(hidden_SD.to(dtype), head.weight, head.bias, target_S, dtype)  # type: ignore[no-any-return]
     size = _chunk_rows(num_ids)
     parts = zip(hidden_SD.split(size), target_S.split(size), strict=True)
     return torch.cat([_module_chunk(head, hidden, target) for hidden, target in parts])
@@ -201,44 +202,54 @@ def gather_logprobs(logits_SV: Tensor, target_S: Tensor) -> Tensor:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probabilities of a linear head, chunk by chunk; no chunk's logits outlive it.
+    """Log-probabilities of a linear head, chunk by chunk, its products in `dtype`.
 
-    With d log p(y) / d hidden = W[y] - sum_v p(v) W[v], the hidden states' gradient needs no logits once that
-    vector is known, so a frozen head keeps it from the forward pass, (S, D), and never projects twice.
-    A trained head needs sum_s g_s (onehot_s - p_s) hidden_s, hence p again, in the backward pass.
+    d log p(y) / d logits = onehot(y) - p. Times W that is the hidden states' gradient, kept from the forward pass, (S, D):
+    a frozen head never projects twice. A trained head needs it again, times the hidden states: it is kept where one
+    chunk holds all rows, and else computed from the logits anew.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_S: Tensor
+        ctx: Any,
+        hidden_SD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_S: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
-        size = _chunk_rows(weight_VD.shape[0])
-        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        slopes = ctx.needs_input_grad[0] and not trained
-        kept = torch.empty_like(hidden_SD) if slopes else None
-        logp = [torch.zeros(0, device=hidden_SD.device)]
+        needs_hidden, *head = ctx.needs_input_grad[:3]
+        low_VD, low_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        kept = torch.empty_like(hidden_SD) if needs_hidden else None
+        logp, slope = [torch.zeros(0, device=hidden_SD.device)], None
+        parts = _parts(len(hidden_SD), len(weight_VD))
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            for start in range(0, len(hidden_SD), size):
-                part = slice(start, start + size)
-                logits = _logits(hidden_SD[part], weight_VD, bias_V)
+            for part in parts:
+                logits = _logits(hidden_SD[part], low_VD, low_V)
                 lse = logits.logsumexp(-1)
                 logp.append(logits.gather(-1, target_S[part, None])[:, 0] - lse)
-                if kept is not None:
-                    kept[part] = _slope(logits, lse, target_S[part], weight_VD)
-        if kept is not None:
-            ctx.save_for_backward(kept)
-        elif trained:
-            ctx.save_for_backward(hidden_SD, weight_VD, bias_V, target_S)
-        ctx.trained, ctx.size = trained, size
+                if needs_hidden or any(head):
+                    slope = _slope(logits, lse, target_S[part], dtype)
+                    if kept is not None:
+                        torch.mm(slope, low_VD, out=kept[part])
+        whole = slope if len(parts) == 1 else None
+        ctx.save_for_backward(kept, *((hidden_SD, low_VD, low_V, target_S, whole) if any(head) else ()))
+        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return torch.cat(logp[1:] or logp)
 
     @staticmethod
-    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept, *rest = ctx.saved_tensors
         with torch.autocast(grad_S.device.type, enabled=False):
-            if not ctx.trained:
-                (kept,) = ctx.saved_tensors
-                return kept * grad_S[:, None].to(kept.dtype), None, None, None
-            return (*_trained_backward(ctx, grad_S), None)
+            d_hidden = None if kept is None else kept * grad_S[:, None].to(kept.dtype)
+            d_weight, d_bias = _head_gradients(ctx, grad_S, *rest) if rest else (None, None)
+        return d_hidden, d_weight, d_bias, None, None
+
+
+def _parts(num_rows: int, num_ids: int) -> list[slice]:
+    size = _chunk_rows(num_ids)
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
 def _logits(hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -246,41 +257,47 @@ def _logits(hidden_SD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _slope(logits_SV: Tensor, lse_S: Tensor, target_S: Tensor, weight_VD: Tensor) -> Tensor:
-    """Gradient of log p(target) by the hidden state; writes over the logits."""
-    probs = logits_SV.sub_(lse_S[:, None]).exp_().to(weight_VD.dtype)
-    return weight_VD[target_S] - probs @ weight_VD
+def _slope(logits_SV: Tensor, lse_S: Tensor, target_S: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient, onehot(y) - p, in `dtype`, over the logits; rounded after the subtraction, as near p = 1 little is left."""
+    slope_SV = logits_SV.sub_(lse_S[:, None]).exp_().neg_()
+    slope_SV[torch.arange(len(slope_SV), device=slope_SV.device), target_S] += 1
+    return slope_SV.to(dtype)
 
 
-def _trained_backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden_SD, weight_VD, bias_V, target_S = ctx.saved_tensors
-    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    d_hidden = torch.empty_like(hidden_SD) if needs_hidden else None
-    # Summed in float32 even where the products are bfloat16: many chunks add up here.
-    d_weight = torch.zeros_like(weight_VD, dtype=grad_S.dtype) if needs_weight else None
-    d_bias = torch.zeros_like(bias_V, dtype=grad_S.dtype) if needs_bias else None
-    for start in range(0, len(hidden_SD), ctx.size):
-        part = slice(start, start + ctx.size)
-        logits = _logits(hidden_SD[part], weight_VD, bias_V)
-        slope_SV = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().neg_()
-        slope_SV[torch.arange(len(slope_SV), device=slope_SV.device), target_S[part]] += 1
-        slope_SV.mul_(grad_S[part, None])
-        low = slope_SV.to(weight_VD.dtype)
-        if d_hidden is not None:
-            d_hidden[part] = low @ weight_VD
+def _head_gradients(
+    ctx: Any,
+    grad_S: Tensor,
+    hidden_SD: Tensor,
+    low_VD: Tensor,
+    low_V: Tensor | None,
+    target_S: Tensor,
+    whole_SV: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the head's weight and bias, summed over chunks in the incoming gradient's precision."""
+    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+    weight_dtype, bias_dtype = ctx.dtypes
+    new = grad_S.new_empty if len(grad_S) else grad_S.new_zeros
+    d_weight = new(low_VD.shape) if needs_weight else None
+    d_bias = grad_S.new_zeros(len(low_VD)) if needs_bias else None
+    scaled_SD = hidden_SD * grad_S[:, None].to(hidden_SD.dtype)
+    for part in _parts(len(hidden_SD), len(low_VD)):
+        slope_SV = whole_SV
+        if slope_SV is None:
+            logits = _logits(hidden_SD[part], low_VD, low_V)
+            slope_SV = _slope(logits, logits.logsumexp(-1), target_S[part], low_VD.dtype)
         if d_weight is not None:
-            _add_product(d_weight, low.T, hidden_SD[part])
+            for rows in _blocks(len(d_weight)):
+                product = slope_SV[:, rows].T @ scaled_SD[part]
+                d_weight[rows] = product if not part.start else d_weight[rows] + product
         if d_bias is not None:
-            d_bias += slope_SV.sum(0)
-    return d_hidden, _to(d_weight, weight_VD), _to(d_bias, bias_V)
+            d_bias += grad_S[part] @ slope_SV.to(grad_S.dtype)
+    return _to(d_weight, weight_dtype), _to(d_bias, bias_dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _blocks(num_ids: int) -> list[slice]:
+    """Rows of the head's gradient whose product is not worth more memory than a processor's cache."""
+    return [slice(start, start + BLOCK) for start in range(0, num_ids, BLOCK)]
 
 
-def _to(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if grad is None or like is None else grad.to(like.dtype)
+def _to(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if grad is None or dtype is None else grad.to(dtype)
