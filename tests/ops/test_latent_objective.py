@@ -202,15 +202,15 @@ def test_attacks_on_items_in_any_batches_and_the_figures(lively):
 
 def test_attention_is_chosen_by_the_longest_row_and_not_by_all_of_an_item(lively, monkeypatch):
     """Many short rows stand side by side: together they are no long row."""
-    from temper.ops import train_loop
+    from temper.ops import micro_batch
 
-    asked, real = [], train_loop.short_attention
+    asked, real = [], micro_batch.short_attention
 
     def watched(device, longest):
         asked.append(longest)
         return real(device, longest)
 
-    monkeypatch.setattr(train_loop, "short_attention", watched)
+    monkeypatch.setattr(micro_batch, "short_attention", watched)
     assert [item.longest for item in ITEMS] == [6, 4, 3]
     fit(lively("llama"), objective_of())
     assert set(asked) == {6}

@@ -28,9 +28,10 @@ class Objective(Protocol[Item_contra]):
     """What is minimised: the sum over terms of weight * total / count.
 
     An objective that compares items within a batch sets `unsplittable = True` (absent means False); it then gets
-    all items of a step in one call, which must fit the token budget unless it says `bounds_memory = True`. One that only asks for `score_batch` sets `packs = True` (absent means False):
-    where rows are read end to end, a micro-batch is then filled by their tokens alone. One whose items hold several rows
-    that stand side by side in a batch has a function `longest` of an item: the tokens of the longest (absent means `length`).
+    all items of a step in one call, which must fit the token budget unless it says `bounds_memory = True`. One that
+    only asks for `score_batch` sets `packs = True` (absent means False): where rows are read end to end, a
+    micro-batch is then filled by their tokens alone. One whose items hold several rows that stand side by side in a
+    batch has a function `longest` of an item: the tokens of the longest, which choose the attention (absent means `length`).
     """
 
     @property

@@ -164,6 +164,10 @@ class PreferenceObjective:
     weights: Mapping[str, float] = field(default_factory=lambda: {"preference": 1.0, "accuracy": 0.0})
     packs: ClassVar[bool] = True
 
+    def longest(self, item: PreferencePair) -> int:
+        """Tokens of the pair's longer row."""
+        return max(len(item.chosen.ids), len(item.rejected.ids))
+
     def counts(self, items: Sequence[PreferencePair]) -> dict[str, float]:
         """Pairs."""
         return dict.fromkeys(self.weights, float(len(items)))

@@ -159,6 +159,10 @@ class FlatObjective:
         self.unsplittable = config.reduction == "batch_mean"
         self.packs = True
 
+    def longest(self, item: Pair) -> int:
+        """Tokens of the pair's longer row."""
+        return max(len(item.forget.ids), len(item.template.ids))
+
     def counts(self, items: Sequence[Pair]) -> dict[str, float]:
         """Rows; a step whose probabilities are averaged first counts as one."""
         rows = float(len(items))

@@ -107,6 +107,10 @@ class UnlearnObjective:
         if self.compares:
             self.weights["log_ratio"] = 0.0
 
+    def longest(self, item: Pair) -> int:
+        """Tokens of the pair's longest row."""
+        return max(len(row.ids) for row in (item.forget, item.idk, item.retain) if row is not None)
+
     def counts(self, items: Sequence[Pair]) -> dict[str, float]:
         """Rows or answer tokens of each term, or positions of a divergence."""
 
