@@ -70,6 +70,7 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     assert forget("relearn", True, num_steps=2)
     assert forget("relearn", True, num_steps=2) != forget("relearn", False, num_steps=2)
     maps = {found.metric: found for found in attack_maps(list(result.folder.rows()))}
+    assert maps["attack_success_rate"].groups == ["gcg"]
     chosen = maps["forget_probability"]
     assert chosen.arms == ["fitted", "plain"]
     assert chosen.groups == ["none", "relearn num_steps 1", "relearn num_steps 2", "4-bit", "prefill"]
@@ -83,6 +84,39 @@ def test_the_run_attacks_both_and_says_so_in_its_rows(recipe, tmp_path):
     assert "forget_probability under relearn" in page
     again = run_recipe(str(recipe), out=str(tmp_path / "runs"))
     assert set(again.outcomes.values()) == {"kept"}
+
+
+def test_relearning_is_told_by_rows_that_it_was_not_trained_on(recipe, tmp_path):
+    """A third of three rows is trained on: a mean over all would mostly say that training trains."""
+    recipe.write_text(RECIPE.replace("{batch_rows: 2, rank: 2}", "{batch_rows: 2, rank: 2, share: 0.3}"))
+    result = run_recipe(str(recipe), out=str(tmp_path / "runs"))
+    rows = [row for row in result.folder.rows() if row.metric == "forget_probability"]
+
+    def under(opponent):
+        return [
+            row
+            for row in rows
+            if row.facts.get("against", {}).get("opponent") == opponent
+            and row.facts["against"]["defended"]
+            and row.facts["against"]["budget"] in ({}, {"num_steps": 2})
+        ]
+
+    items = {row.item: row for row in under("relearn") if row.item}
+    seen = [name for name, row in items.items() if row.group]
+    (whole,) = [row for row in under("relearn") if not row.item and not row.group]
+    assert (len(items), len(seen), whole.n) == (3, 1, 2)
+    left = [row.value for name, row in items.items() if name not in seen]
+    assert whole.value == pytest.approx(sum(left) / 2)
+    assert "without the 1 rows that the attack was trained on" in whole.note
+    assert all(not row.group for row in under("4-bit"))
+    chosen = next(m for m in attack_maps(list(result.folder.rows())) if m.metric == "forget_probability")
+    assert chosen.cells[0][chosen.groups.index("relearn num_steps 2")].value == pytest.approx(whole.value)
+
+
+def test_a_step_of_the_users_may_not_take_a_name_that_against_makes(recipe):
+    recipe.write_text(RECIPE.replace("id: other,", "id: score-plain,"))
+    with pytest.raises(ConfigError, match="'score-plain' stands twice"):
+        run_recipe(str(recipe))
 
 
 def test_opponents_at_the_top_go_to_the_last_fit():

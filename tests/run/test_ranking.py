@@ -1,6 +1,7 @@
 """Ranked arms: places by mean rank, paired tests against the first, and what a column must say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -100,6 +101,10 @@ def test_a_column_that_nobody_measured_or_that_is_ambiguous_says_so():
     with pytest.raises(DataError, match="Several steps"):
         rank_arms([*both, *rows("a", LOW, step="other")], [KEPT])
     assert rank_arms([*both, *rows("a", LOW, step="other")], [Column(metric="kept", name="k", step="score")])
+    parts = [replace(row, split=part) for row in both for part in ("forget", "retain")]
+    with pytest.raises(DataError, match="Several splits"):
+        rank_arms(parts, [KEPT])
+    assert rank_arms(parts, [Column(metric="kept", name="k", split="retain")])
     neither = [*rows("a", LOW, better=None), *rows("b", HIGH, better=None)]
     with pytest.raises(DataError, match="Neither way"):
         rank_arms(neither, [KEPT])

@@ -63,21 +63,45 @@ def test_one_seed_shows_nothing():
 
 def test_items_are_averaged_over_seeds_and_then_paired():
     rows = (
-        items("a", [1.0, 2.0, 3.0, 4.0])
-        + items("a", [3.0, 2.0, 3.0, 6.0], seed=1)
-        + items("b", [0.0, 0.0, 0.0, 0.0])
+        items("a", [1.0, 2.0, 3.0, 4.0, 1.0, 1.0])
+        + items("a", [3.0, 2.0, 3.0, 6.0, 1.0, 1.0], seed=1)
+        + items("b", [0.0] * 6)
+        + items("b", [0.0] * 6, seed=1)
     )
     found = judge_claim(claim(), rows)
-    assert (found.pairing, found.n) == ("items", 4)
-    assert found.difference == pytest.approx((2 + 2 + 3 + 5) / 4)
+    assert (found.pairing, found.n) == ("items", 6)
+    assert found.difference == pytest.approx((2 + 2 + 3 + 5 + 1 + 1) / 6)
     assert found.verdict == "shown"
     assert judge_claim(claim(), rows) == found
 
 
 def test_items_without_a_value_or_a_partner_do_not_count():
-    rows = items("a", [1.0, None, 3.0, 4.0]) + items("b", [0.0, 0.0, 0.0])
+    rows = items("a", [1.0, None, 3.0, 4.0, 4.0, 4.0, 4.0, 9.0]) + items("b", [0.0] * 7)
     found = judge_claim(claim(), rows)
-    assert (found.n, found.difference) == (2, 2.0)
+    assert (found.pairing, found.n, found.difference) == ("items", 6, pytest.approx(20 / 6))
+
+
+def test_few_items_are_judged_by_seeds():
+    """Three items that agree would look certain to a bootstrap: every resample lies on one side."""
+    alone = items("a", [1.0, 2.0, 3.0]) + items("b", [0.0] * 3)
+    found = judge_claim(claim(), alone)
+    assert (found.verdict, found.pairing, found.n) == ("not shown", "seeds", 1)
+    rows = alone + [
+        row
+        for seed in (1, 2)
+        for row in items("a", [1.0, 2.0, 3.1, 50.0], seed=seed) + items("b", [0.0] * 3, seed=seed)
+    ]
+    found = judge_claim(claim(), rows)
+    assert (found.verdict, found.pairing, found.n) == ("shown", "seeds", 3)
+    assert found.difference == pytest.approx(2.0, abs=0.05), "the item that b lacks is left out"
+
+
+def test_only_seeds_that_both_arms_have_count():
+    rows = items("a", [1.0] * 6) + items("a", [9.0] * 6, seed=1) + items("b", [0.0] * 6)
+    found = judge_claim(claim(), rows)
+    assert (found.difference, found.seeds) == (1.0, (0,))
+    means = seeds("a", [1.0, 1.1, 9.0]) + seeds("b", [0.0, 0.0])
+    assert judge_claim(claim(), means).difference == pytest.approx(1.05)
 
 
 def test_a_number_as_baseline():

@@ -43,16 +43,18 @@ def attack_maps(rows: Iterable[Row]) -> list[HeatMap]:
     return [
         HeatMap(metric, split, found[0].higher_is_better, *_cells(found))
         for (metric, split), found in lines.items()
-        if len(found) > 1
     ]
 
 
-def attack_curves(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Effect over budget, for opponents with at least two budgets; the unattacked value stands at 0."""
+def attack_curves(rows: Iterable[Row], first: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Effect over budget, for opponents with at least two budgets; the unattacked value stands at 0.
+
+    Those of the metrics `first` come first; the last caption says how many more there were.
+    """
     rows = list(rows)
     budgets = _budgets(rows)
     out: dict[str, dict[str, Any]] = {}
-    for (metric, split), found in _lines(rows).items():
+    for (metric, split), found in sorted(_lines(rows).items(), key=lambda line: line[0][0] not in first):
         for opponent, (setting, steps) in budgets.items():
             # Fewer bits are more of an attack; every other budget counts up from nothing.
             start = {} if setting == "bits" else {0.0: UNATTACKED}
@@ -63,9 +65,12 @@ def attack_curves(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
                     lines[arm] = {"x": [x for x, _ in points], "y": [y for _, y in points]}
             name = metric if metric.startswith(split) else f"{metric} {split}"
             title = f"{name} under {opponent}"
-            if lines and len(out) < MAX_CURVES:
+            if lines:
                 out[title] = {"x": setting, "y": metric, "lines": lines, "caption": CAPTION}
-    return out
+    kept = dict(list(out.items())[:MAX_CURVES])
+    if len(out) > len(kept):
+        kept[list(kept)[-1]]["caption"] += f" {len(out) - len(kept)} more are not drawn; rows.jsonl has them."
+    return kept
 
 
 def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:

@@ -172,7 +172,8 @@ def _figures(view: RunView) -> list[figures.Figure]:
     if budget:
         out.append(budget)
     out += figures.shared_curve_figures([(step.arm, _curves(step, is_shared=True)) for step in view.steps])
-    out += figures.curve_figures(attack_curves(view.rows), prefix="against")
+    ranked = [column.metric for column in columns_from(view.record.get("rank"))]
+    out += figures.curve_figures(attack_curves(view.rows, ranked), prefix="against")
     for i, step in enumerate(view.steps):
         drawn = figures.curve_figures(_curves(step, is_shared=False), prefix=f"own{i}-")
         out += [f._replace(title=f"{f.title} ({step.label})") for f in drawn]

@@ -35,6 +35,13 @@ def with_opponents(steps: Sequence[Step], where: str) -> tuple[Step, ...]:
     for step in steps:
         if step.against:
             out += _added(step, steps, where)
+    ids = [step.id for step in out]
+    if twice := next((name for name in ids if ids.count(name) > 1), None):
+        raise ConfigError(
+            f"Step id {twice!r} stands twice: against makes a step of this name",
+            where=where,
+            cure="Rename yours.",
+        )
     return tuple(out)
 
 

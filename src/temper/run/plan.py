@@ -231,6 +231,7 @@ def _plan_step(
         "limit": step.limit,
         "options": options.hashed(),
         **({"mentions": mentions} if mentions else {}),
+        **({"label": dict(step.label)} if step.label else {}),
         **({"limits": dict(step.limits)} if step.limits else {}),
     }
     return PlannedStep(

@@ -31,7 +31,7 @@ __all__ = [
     "ranking_note",
 ]
 
-KEYS = ("metric", "as", "step", "under", "better")
+KEYS = ("metric", "as", "step", "split", "under", "better")
 EXAMPLE = (
     "Write e.g. - {metric: forget_probability, step: score, under: relearn num_steps 20, better: lower}."
 )
@@ -45,6 +45,8 @@ class Column:
     name: str
     step: str = ""
     """The measure step, where several measure the same."""
+    split: str = ""
+    """The part of the data, where several have the metric."""
     under: str = ""
     """The attack, named as in the map of attacks; "" = unattacked."""
     better: Literal["higher", "lower", ""] = ""
@@ -177,6 +179,13 @@ def _found(rows: Sequence[Row], column: Column) -> dict[str, _Found]:
             where=place,
             cure=f"Add step: one of {', '.join(steps)}.",
         )
+    splits = sorted({row.split for row in chosen})
+    if len(splits) > 1:
+        raise DataError(
+            f"Several splits have {column.metric!r}",
+            where=place,
+            cure=f"Add split: one of {', '.join(splits)}.",
+        )
     sides = {row.higher_is_better for row in chosen} - {None}
     better = column.better or ("higher" if True in sides else "lower" if False in sides else "")
     if not better:
@@ -206,6 +215,7 @@ def _is_of(row: Row, column: Column) -> bool:
         and not row.group
         and attack == column.under
         and column.step in ("", _step(row))
+        and column.split in ("", row.split)
     )
 
 

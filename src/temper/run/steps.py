@@ -15,6 +15,8 @@ from temper.core.card import Verb
 from temper.core.errors import ConfigError, StoreError
 from temper.core.registry import load_card
 from temper.core.types import Attempt, Json, Row, Run, Ticker
+from temper.data.trained_rows import seen_items
+from temper.run.artefact_paths import locate
 from temper.run.attack_rows import attack_rows, paid_attempts
 from temper.run.cells import STEP
 from temper.run.facts import environment, step_facts
@@ -24,6 +26,7 @@ from temper.run.plan import PlannedStep
 from temper.run.ranks import announce_start, is_follower, wait_for, was_started
 from temper.run.resolve import open_system
 from temper.run.seeding import seed_everything
+from temper.run.unseen import unseen_rows
 from temper.run.verbs import call_verb
 from temper.store import cache, lines
 from temper.store.atomic import refusals
@@ -120,9 +123,14 @@ def _opened(planned: PlannedStep, worker: Worker) -> Iterator[Any]:
         with nullcontext() as nothing:
             yield nothing
         return
-    artefacts = {name: worker.folder.step(folder).artefact for name, folder in planned.uses.items()}
+    artefacts = _artefacts(planned, worker)
     with open_system(planned.system, worker.options, artefacts=artefacts, out=worker.out) as system:
         yield system
+
+
+def _artefacts(planned: PlannedStep, worker: Worker) -> dict[str, Path]:
+    """The folders of the artefacts that earlier steps of this run made, by the steps' ids."""
+    return {name: worker.folder.step(folder).artefact for name, folder in planned.uses.items()}
 
 
 def step_data(planned: PlannedStep, worker: Worker) -> Data:
@@ -173,8 +181,17 @@ def _execute(planned: PlannedStep, worker: Worker, step: StepFolder, system: Any
     seed_everything(planned.seed, planned.id)
     run = step_run(planned, worker, step)
     result = call_verb(planned.method, planned.verb, system, data, step_config(planned, worker), run)
+    if planned.verb == "measure":
+        result = unseen_rows(result, seen_items(data, _attack_folders(planned, worker)))
     made = _keep(planned.verb, result, step, facts, run.budget)
     return {**made, "used": run.budget.record(), "limits": dict(planned.limits)}
+
+
+def _attack_folders(planned: PlannedStep, worker: Worker) -> list[Path]:
+    """Of the steps that made the system's artefacts."""
+    refs = planned.system.artefacts if planned.system else ()
+    known = _artefacts(planned, worker)
+    return [(known.get(ref.name) or locate(ref.name, worker.out)).parent for ref in refs]
 
 
 def _keep(

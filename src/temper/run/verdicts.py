@@ -1,13 +1,13 @@
 """Verdicts of claims, computed from rows and never typed.
 
-An arm is compared with its baseline, paired: over items where there are rows by item (each averaged over seeds
-first), with a bootstrap interval; else over seeds, with Student's t.
+An arm is compared with its baseline, paired, over the seeds that both have: over items where there are enough of them
+(each averaged over seeds first), with a bootstrap interval; else over seeds, with Student's t.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 from temper.core.card import Claim
@@ -17,6 +17,8 @@ __all__ = ["ArmMean", "Finding", "Verdict", "judge_claim", "select"]
 
 Verdict = Literal["shown", "contradicted", "not shown"]
 NUM_RESAMPLES = 10_000
+FEWEST_ITEMS = 6
+"""Below it even items that all agree are no evidence at 5 % (2^-5 = .03 for six signs), and a bootstrap is blind to that."""
 K = TypeVar("K")
 Key = tuple[str, str, str, str]
 """Step, split, group and item of a row: what must agree for two rows to be a pair."""
@@ -60,16 +62,35 @@ def judge_claim(claim: Claim, rows: Iterable[Row]) -> Finding:
             return Finding(
                 claim.id, "not shown", f"no rows of {claim.metric!r} in the baseline {claim.baseline!r}"
             )
+        ours, theirs = _of_common_seeds(ours, theirs)
     else:
         theirs = None
-    by_item = _pairs(_by_item(ours), None if theirs is None else _by_item(theirs), claim.baseline)
-    if len(by_item[0]) >= 2:
+    items, their_items = _by_item(ours), None if theirs is None else _by_item(theirs)
+    by_item = _pairs(items, their_items, claim.baseline)
+    if len(by_item[0]) >= FEWEST_ITEMS:
         return _decide(claim, by_item, "items", ours, theirs)
     doubled = _doubled(ours) or (theirs is not None and _doubled(theirs))
     if doubled:
         return Finding(claim.id, "not shown", f"{claim.metric!r} stands more than once for a seed: {doubled}")
-    by_seed = _pairs(_by_seed(ours), None if theirs is None else _by_seed(theirs), claim.baseline)
+    both = items.keys() if their_items is None else items.keys() & their_items.keys()
+    by_seed = _pairs(_by_seed(ours, both), None if theirs is None else _by_seed(theirs, both), claim.baseline)
     return _decide(claim, by_seed, "seeds", ours, theirs)
+
+
+def _of_common_seeds(ours: list[Row], theirs: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of the seeds that both arms have, so that no item's mean is over other seeds; all rows where there is none."""
+    common = {_seed(row) for row in ours} & {_seed(row) for row in theirs}
+    if not common:
+        return ours, theirs
+    return [r for r in ours if _seed(r) in common], [r for r in theirs if _seed(r) in common]
+
+
+def _seed(row: Row) -> int:
+    return int(row.facts.get("seed", 0))
+
+
+def _key(row: Row) -> Key:
+    return str(row.facts.get("step", "")), row.split, row.group, str(row.item)
 
 
 def _by_item(rows: Sequence[Row]) -> dict[Key, float]:
@@ -77,8 +98,7 @@ def _by_item(rows: Sequence[Row]) -> dict[Key, float]:
     values: dict[Key, list[float]] = {}
     for row in rows:
         if row.item is not None and row.value is not None:
-            key = (str(row.facts.get("step", "")), row.split, row.group, row.item)
-            values.setdefault(key, []).append(row.value)
+            values.setdefault(_key(row), []).append(row.value)
     return {key: sum(found) / len(found) for key, found in values.items()}
 
 
@@ -89,14 +109,22 @@ def _whole(rows: Sequence[Row]) -> list[Row]:
     return [row for row in ungrouped if row.split == "test"] or ungrouped
 
 
-def _by_seed(rows: Sequence[Row]) -> dict[int, float]:
-    return {int(row.facts.get("seed", 0)): row.value for row in _whole(rows) if row.value is not None}
+def _by_seed(rows: Sequence[Row], items: Collection[Key]) -> dict[int, float]:
+    """The figure of a whole set for each seed; the mean over `items` where there is none."""
+    whole = {_seed(row): row.value for row in _whole(rows) if row.value is not None}
+    if whole:
+        return whole
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row.value is not None and _key(row) in items:
+            values.setdefault(_seed(row), []).append(row.value)
+    return {seed: sum(found) / len(found) for seed, found in values.items()}
 
 
 def _doubled(rows: Sequence[Row]) -> str:
     seen: set[int] = set()
     for row in _whole(rows):
-        seed = int(row.facts.get("seed", 0))
+        seed = _seed(row)
         if seed in seen:
             return f"seed {seed}, step {row.facts.get('step')}, split {row.split!r}, group {row.group!r}"
         seen.add(seed)
@@ -120,7 +148,7 @@ def _decide(
     theirs: Sequence[Row] | None,
 ) -> Finding:
     a, b = pairs
-    seeds = tuple(sorted({int(row.facts.get("seed", 0)) for row in ours}))
+    seeds = tuple(sorted({_seed(row) for row in ours}))
     arms = [ArmMean(claim.arm, sum(a) / len(a), len(a))] if a else []
     if a and theirs is not None:
         arms.append(ArmMean(str(claim.baseline), sum(b) / len(b), len(b)))

@@ -18,6 +18,7 @@ from temper.artefacts.targets import ALL_LINEAR, target_modules
 from temper.core.errors import DataError
 from temper.core.types import Json, Run
 from temper.data.schemas import Data, Dialogue
+from temper.data.trained_rows import keep_trained
 from temper.methods.attacks.tampering.card import Config
 from temper.ops.batching import encode
 from temper.ops.tamper import pruned, rounded
@@ -38,6 +39,7 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
 def _finetune(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     records = _needed(data, "Fine-tuning", "take how=quantise or prune")
     held = random.Random(f"{run.seed}/held").sample(records, max(1, math.ceil(config.share * len(records))))
+    keep_trained(run.folder, held)
     examples = [encode(system, record, max_tokens=config.max_tokens) for record in held]
     settings = TrainSettings(lr=config.lr, max_steps=config.num_steps, batch_rows=config.batch_rows)
     tune = Tune(mode=config.mode, r=config.rank, alpha=2.0 * config.rank)
