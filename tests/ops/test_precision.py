@@ -11,12 +11,14 @@ SETTINGS = torch.backends.mkldnn.matmul
 
 def test_the_setting_is_there_inside_alone_and_exact_mode_wins():
     before = SETTINGS.fp32_precision
-    with precision.autocast(Run()):
+    with precision.float32_products(Run()):
         assert SETTINGS.fp32_precision == ("bf16" if precision._onednn_keeps_float32() else "ieee")
-        with precision.autocast(Run(exact=True)):
+        with precision.float32_products(Run(exact=True)):
             assert SETTINGS.fp32_precision == "ieee"
         assert SETTINGS.fp32_precision != "ieee" or not precision._onednn_keeps_float32()
     assert SETTINGS.fp32_precision == before
+    with precision.autocast(Run(precision="bf16")):
+        assert SETTINGS.fp32_precision == before
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 32), (64, 576, 1536), (16, 256, 8192)])

@@ -23,7 +23,7 @@ from temper.ops.hooks import capture
 from temper.ops.latent import Ball, Found, attack
 from temper.ops.objectives import SumCount
 from temper.ops.optim import adamw
-from temper.ops.precision import autocast
+from temper.ops.precision import autocast, float32_products
 from temper.ops.toward_away import TokenScores, mean_rows, score_tokens, toward_tokens
 from temper.ops.train import TrainLog, TrainSettings, train
 
@@ -291,7 +291,7 @@ def attack_items(
     """The objective's attack on every item, in batches of the run's token budget; nothing is trained."""
     before_N, after_N, on_boundary = torch.zeros(len(items)), torch.zeros(len(items)), 0.0
     for places in plan_batches([item.num_tokens for item in items], run):
-        with autocast(run):
+        with autocast(run), float32_products(run):
             found = objective.find(model, [items[place] for place in places])
         before_N[places] = found.before_N.float().cpu()
         after_N[places] = found.after_N.float().cpu()

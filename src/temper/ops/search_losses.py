@@ -29,7 +29,7 @@ from temper.core.errors import NeedsError
 from temper.core.types import Run
 from temper.ops.decode_backends import cache_by_position
 from temper.ops.hooks import is_hooked
-from temper.ops.precision import autocast, eval_mode
+from temper.ops.precision import autocast, eval_mode, float32_products
 from temper.ops.prefix_cache import PrefixCache, packed, read_once
 from temper.ops.projection import CHUNK_LOGITS, head_is_plain, head_of, selected_logits, wanted_hidden
 from temper.ops.search import embedding_table, project_on_tokens
@@ -110,6 +110,18 @@ class SlotScorer:
         looks into the forward pass, for what it does may depend on the whole text.
         """
         return self._reuse and not is_hooked(self.model)
+
+    def most_tokens(self, num_rows: int, num_slot: int) -> int:
+        """What one call of `losses` with so many candidates can add to `tokens`."""
+        before, whole = len(self._head), len(self._head) + num_slot + len(self._tail)
+        if not self.reuses_prefix:
+            return num_rows * whole
+        end = whole - before + bool(self.loss.control_weight)
+        kept = before + num_slot
+        if self._checked:
+            return kept + num_rows * end
+        # Two fresh rows, every way to read kept keys and values, and all rows anew where none gives the fresh losses.
+        return 2 * whole + len(get_args(Reading)) * (kept + num_rows * end) + num_rows * whole
 
     def gradient(self, ids_N: Sequence[int]) -> Tensor:
         """dL/dO for the slot's one-hot rows O, (N, V), float32."""
@@ -354,7 +366,7 @@ class SlotScorer:
 
     @contextmanager
     def _passes(self) -> Iterator[None]:
-        with eval_mode(self.model), autocast(self.run):
+        with eval_mode(self.model), autocast(self.run), float32_products(self.run):
             yield
 
 
