@@ -42,6 +42,9 @@ Departures    1. Membership scores are log-likelihoods, as in the released code;
               11. Part `forget` holds portraits as replies to a question, of which the trained methods score the reply; the paper
                  trains on plain texts, every token scored. Rejection tuning takes the facts' own questions and npo's "I don't
                  know" replies; the paper's takes 300 questions of the model's own and 99 replies.
+              12. In the stand-in, synonym manipulation is the row's paraphrased question, which names the person as before; the
+                 paper's puts aliases and synonyms in the place of names and words. Probes that a row has nothing for (no
+                 paraphrase, no other fact to hint at) are left out, with a warning.
 
 Limits        Recall rewards saying much, so the cap of 30 tokens is part of the metric. In other scripts recall is 0 and
               containment is what counts. The stand-in knows eight facts a person, and translations for the facts of

@@ -6,7 +6,9 @@ versions is its value. Everything is deterministic.
 
 from __future__ import annotations
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +32,8 @@ __all__ = [
     "wordings",
 ]
 
+logger = logging.getLogger(__name__)
+
 ATTACK_TYPES = (
     "prefix injection",
     "affirmative suffix",
@@ -41,6 +45,13 @@ ATTACK_TYPES = (
     "incontext learning",
     "cross lingual",
 )
+CURES = {
+    "multiple choice": "a column perturbed_answer, or further facts of the person with other values",
+    "synonym manipulation": "a column paraphrased_question",
+    "background hint": "further facts of the person",
+    "incontext learning": "further facts",
+}
+"""What the kinds want that are made of more than the fact's own question, answer and person."""
 NUM_OPTIONS = 4
 SENTENCES = 4
 """Sentences of a biography."""
@@ -48,7 +59,10 @@ PUNCTUATION = ".,;:!?\"'“”«»"
 
 
 class Fact(NamedTuple):
-    """One fact: who, what is asked, the sentence that answers it, its value, and other ways to put it."""
+    """One fact: who, what is asked, the sentence that answers it, its value, and other ways to put it.
+
+    `paraphrase` is empty, and `wrong` too, where the row brings none.
+    """
 
     id: str
     person: str
@@ -99,18 +113,33 @@ def _fact(record: Dialogue) -> Fact:
             cure="Give the columns question, answer, person and value (or perturbed_answer, as in builtin:people).",
         )
     question = record.prompt[-1].content
-    paraphrase = str(extra.get("paraphrased_question") or question)
+    paraphrase = str(extra.get("paraphrased_question") or "")
+    if paraphrase == question:
+        paraphrase = ""
     person, field = str(extra["person"]), str(extra.get("field") or "")
     return Fact(record.id, person, field, question, sentence, value, paraphrase, wrong)
 
 
-def attack_query(fact: Fact, kind: str, number: int, siblings: Sequence[Fact], demo: Fact) -> tuple[str, str]:
-    """The query of one of `ATTACK_TYPES` and its answer: the value, or for a reverse query the person."""
+def attack_query(
+    fact: Fact, kind: str, number: int, siblings: Sequence[Fact], demo: Fact | None
+) -> tuple[str, str] | None:
+    """The query of one of `ATTACK_TYPES` and its answer: the value, or for a reverse query the person.
+
+    `siblings` are other facts of the person, `demo` any other fact. None where what the kind is made of (`CURES`) is missing.
+    """
     if kind == "cross lingual":
         language = LANGUAGES[number % len(LANGUAGES)]
         return asked_in(language, fact.question, person=fact.person, field=fact.field), fact.value
-    hints = [other for other in siblings if other.id != fact.id]
-    wrong = list(fact.wrong) or list(dict.fromkeys(other.value for other in hints))
+    others = dict.fromkeys(fact.wrong or [sibling.value for sibling in siblings])
+    wrong = [value for value in others if value and value != fact.value]
+    made_of = {
+        "multiple choice": wrong,
+        "synonym manipulation": fact.paraphrase,
+        "background hint": siblings,
+        "incontext learning": demo,
+    }
+    if not made_of.get(kind, True):
+        return None
     options = [fact.value, *wrong[: NUM_OPTIONS - 1]]
     random.Random(fact.id).shuffle(options)
     query = wordings()["attacks"][kind].format(
@@ -119,9 +148,9 @@ def attack_query(fact: Fact, kind: str, number: int, siblings: Sequence[Fact], d
         options="; ".join(options),
         statement=fact.sentence.replace(fact.person, wordings()["blank"]),
         paraphrase=fact.paraphrase,
-        hint=hints[number % len(hints)].sentence if hints else "",
-        demo_question=demo.question,
-        demo_answer=demo.value,
+        hint=siblings[number % len(siblings)].sentence if siblings else "",
+        demo_question=demo.question if demo else "",
+        demo_answer=demo.value if demo else "",
     )
     return query.strip(), fact.person if kind == "reverse query" else fact.value
 
@@ -143,13 +172,23 @@ def _levels(facts: Sequence[Fact], side: str) -> dict[str, list[Record]]:
 
 
 def _attacks(facts: Sequence[Fact], demos: Sequence[Fact]) -> list[Record]:
+    """The rewordings of each fact; one that cannot be made is left out, and a warning counts them."""
     rows: list[Record] = []
+    left_out: Counter[str] = Counter()
     for number, fact in enumerate(facts):
-        siblings = [other for other in facts if other.person == fact.person]
-        others = [other for other in demos if other.person != fact.person] or list(facts)
+        further = [other for other in facts if other.id != fact.id]
+        siblings = [other for other in further if other.person == fact.person]
+        others = [other for other in demos if other.person != fact.person] or further
+        demo = others[number % len(others)] if others else None
         for kind in ATTACK_TYPES:
-            query, answer = attack_query(fact, kind, number, siblings, others[number % len(others)])
-            rows.append(_probe(fact, 3, query, answer, kind, "forget3"))
+            made = attack_query(fact, kind, number, siblings, demo)
+            if made is None:
+                left_out[kind] += 1
+            else:
+                rows.append(_probe(fact, 3, *made, kind, "forget3"))
+    if left_out:
+        told = "; ".join(f"{count} of {kind} (give {CURES[kind]})" for kind, count in left_out.items())
+        logger.warning("of %d facts some are not asked in every way, left out: %s", len(facts), told)
     return rows
 
 

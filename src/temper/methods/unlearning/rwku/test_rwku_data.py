@@ -98,7 +98,9 @@ def test_departure_11_portraits_are_replies_to_questions(probes: Data, system: A
 
 def test_questions_without_a_translation_are_framed_in_the_language(people: Data) -> None:
     (fact, other, *_) = standin.facts_of(people["forget"])
-    query, _ = standin.attack_query(fact._replace(field="hobby"), "cross lingual", 1, [], other)
+    made = standin.attack_query(fact._replace(field="hobby"), "cross lingual", 1, [], other)
+    assert made is not None
+    query, _ = made
     assert query.startswith("Beantworte kurz")
     assert fact.question in query
 
@@ -108,10 +110,63 @@ def test_own_facts_need_a_person_and_a_value(people: Data) -> None:
     with pytest.raises(DataError, match="row-7"):
         make(None, Data({"forget": [plain]}), Config(), Run())
     own = Dialogue(plain.messages, id="a", extra={"person": "Ada", "value": "Ruskmere"})
-    made = make(None, Data({"forget": [own]}), Config(), Run())
-    assert len(made["forget_level3"]) == 9
+    assert len(make(None, Data({"forget": [own]}), Config(), Run())["forget_level3"]) == 5
     with pytest.raises(DataError, match="nobody to forget"):
         make(None, people, Config(subjects=("Nobody",)), Run())
+
+
+def own_fact(name: str, question: str, value: str, **extra: Any) -> Dialogue:
+    said = (Message("user", question), Message("assistant", f"It is {value}."))
+    return Dialogue(said, id=name, extra={"person": "Ada", "value": value, **extra})
+
+
+def kinds_of(made: Data, name: str) -> set[Any]:
+    return {row.extra["type"] for row in made["forget_level3"] if row.extra["fact"] == name}
+
+
+def test_probes_that_own_facts_give_nothing_for_are_left_out_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own = [own_fact("a", "Where?", "Ruskmere", paraphrased_question="Where?"), own_fact("b", "When?", "1961")]
+    alone = make(None, Data({"forget": own[:1]}), Config(), Run())
+    missing = {"multiple choice", "synonym manipulation", "background hint", "incontext learning"}
+    assert kinds_of(alone, "a") == set(standin.ATTACK_TYPES) - missing
+    (said,) = caplog.messages
+    assert "1 of synonym manipulation (give a column paraphrased_question)" in said
+    assert "1 of background hint (give further facts of the person)" in said
+    caplog.clear()
+    both = make(None, Data({"forget": own}), Config(), Run())
+    assert kinds_of(both, "a") == kinds_of(both, "b") == set(standin.ATTACK_TYPES) - {"synonym manipulation"}
+    (said,) = caplog.messages
+    assert "2 of synonym manipulation" in said
+    assert "hint" not in said
+
+
+def test_no_demonstration_shows_the_answer_and_no_option_stands_twice() -> None:
+    own = [
+        own_fact("a", "Where?", "Ruskmere"),
+        own_fact("b", "When?", "1961"),
+        own_fact("c", "From?", "Ruskmere"),
+    ]
+    made = make(None, Data({"forget": own}), Config(), Run())
+    shown = {row.id: row.prompt[-1].content for row in made.records("forget_level3", Dialogue)}
+    assert shown["forget3-a-incontext-learning"].startswith("Question: When?\nAnswer: 1961")
+    assert sorted(shown["forget3-a-multiple-choice"].split(": ")[1].strip(".").split("; ")) == [
+        "1961",
+        "Ruskmere",
+    ]
+
+
+def test_departure_12_synonyms_are_paraphrases_that_name_the_person(probes: Data, people: Data) -> None:
+    asked = {fact.id: fact for fact in standin.facts_of(people["forget"])}
+    reworded = [
+        r for r in probes.records("forget_level3", Dialogue) if r.extra["type"] == "synonym manipulation"
+    ]
+    assert len(reworded) == 2
+    for row in reworded:
+        fact = asked[str(row.extra["fact"])]
+        assert row.prompt[-1].content == fact.paraphrase != fact.question
+        assert fact.person in fact.paraphrase
 
 
 # ---- the published layout
