@@ -90,7 +90,7 @@ class Config:
     override: int | str = 1
     """What is drawn instead, in the same way; not read with rand, amax and prob."""
     override_mode: Literal["fixed", "rand", "amax", "prob"] = "fixed"
-    """How the override is chosen: as named, any other class, or by a classifier."""
+    """How the override is chosen: as named, any other class, or by a classifier (not with relabel)."""
     classifier: str = ""
     """System that amax and prob ask; its classes are those of the model, in order."""
     templates: tuple[str, ...] = ("a photo of a {}", "a {}")
@@ -170,6 +170,8 @@ class Config:
             raise ValueError(f"override and forget are the same: {self.forget!r}")
         if self.override_mode in ("amax", "prob") and not self.classifier and not self.toy:
             raise ValueError(f"override_mode {self.override_mode} needs a classifier")
+        if self.override_mode in ("amax", "prob") and self.objective == "relabel":
+            raise ValueError(f"relabel needs override_mode fixed or rand, not {self.override_mode}")
         if not self.templates or any("{}" not in text for text in self.templates):
             raise ValueError("every template needs {} where the phrase goes")
 

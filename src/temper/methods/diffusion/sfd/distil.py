@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ WARMUP_MARGIN = 0.02
 """Share of the noise levels that the wider range of the warm-up leaves out at either end."""
 
 Draw = Callable[[int, torch.Generator], Condition]
+Look = Callable[[dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,37 @@ class Log:
     every: int = 50
     lines: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Term -> {"x": steps, "y": values}."""
+    last: dict[str, float] = field(default_factory=dict)
+    """Term -> the last value that was looked at."""
+    pending: list[tuple[int, str, Tensor]] = field(default_factory=list)
+    """(step, term, value) of what was not looked at yet, still on the device."""
 
     def add(self, step: int, terms: dict[str, Tensor], num_steps: int) -> None:
-        """Keep the terms of a step if it is one of those kept; raises NumericsError where one is not finite."""
-        if step % self.every and step + 1 != num_steps:
-            return
-        for name, value in terms.items():
-            number = float(value.detach())
+        """Take the terms of an update before it is made, and keep them if the step is one of those kept.
+
+        Raises NumericsError at the first that is not finite: on a CPU in its own step, elsewhere at the next one kept.
+        """
+        is_kept = step % self.every == 0 or step + 1 == num_steps
+        self.pending += [(step, name, value.detach().float()) for name, value in terms.items()]
+        if is_kept or all(value.device.type == "cpu" for value in terms.values()):
+            self._fetch()
+        for name in terms if is_kept else ():
+            line = self.lines.setdefault(name, {"x": [], "y": []})
+            line["x"].append(step)
+            line["y"].append(self.last[name])
+
+    def _fetch(self) -> None:
+        numbers = torch.stack([value for *_, value in self.pending]).tolist()
+        for (step, name, _), number in zip(self.pending, numbers, strict=True):
             if not math.isfinite(number):
+                last = self.last.get(name, "none")
                 raise NumericsError(
-                    f"The loss {name!r} is {number}",
+                    f"The loss {name!r} is {number}; its last finite value was {last}",
                     where=f"step {step}",
                     cure="Lower lr and fake_lr, or train in float32.",
                 )
-            line = self.lines.setdefault(name, {"x": [], "y": []})
-            line["x"].append(step)
-            line["y"].append(number)
+            self.last[name] = number
+        self.pending.clear()
 
     def figures(self, title: str) -> dict[str, Any]:
         """The losses as curves for the report."""
@@ -100,6 +117,10 @@ def train(problem: Problem, config: Config, run: Run) -> Log:
 def init_level(config: Config, num_levels: int) -> int:
     """The timestep at which the generator is asked."""
     return min(num_levels - 1, round(config.t_init * num_levels))
+
+
+def _pass(terms: dict[str, Tensor]) -> None:
+    pass
 
 
 class _Distiller:
@@ -161,26 +182,28 @@ class _Distiller:
             teacher_B = x0_from_eps(x_t_B, seen_B, ab_B)
         return _mean(sid_loss(teacher_B, fake_B, drawn_B, 1.0 if config.diff_instruct else config.alpha))
 
-    def step(self, forgets: bool, is_wide: bool) -> dict[str, Tensor]:
-        """One step of the fake score, then one of the generator."""
+    def step(self, forgets: bool, is_wide: bool, look: Look = _pass) -> dict[str, Tensor]:
+        """One step of the fake score, then one of the generator; `look` gets the terms of each before it is made."""
         config, num = self.config, self.config.batch_rows
         drawn = (self.problem.remain if forgets else self.problem.everything)(num, self.rng)
         pair = self.problem.pair(num, self.rng) if forgets else None
-        terms = {"fake": self.fake_term(drawn, False)}
-        loss = config.fake_remain_weight * terms["fake"]
+        fake = {"fake": self.fake_term(drawn, False)}
+        loss = config.fake_remain_weight * fake["fake"]
         if pair is not None and config.fake_forget_weight:
-            terms["fake forget"] = self.fake_term(pair[0], is_wide)
-            loss = loss + config.fake_forget_weight * terms["fake forget"]
+            fake["fake forget"] = self.fake_term(pair[0], is_wide)
+            loss = loss + config.fake_forget_weight * fake["fake forget"]
+        look(fake)
         self._update(self.optimizers[0], self.fake, loss)
         self.fake.eval().requires_grad_(False)
-        terms["generator"] = self.generator_term(drawn, drawn, False)
-        loss = config.remain_weight * terms["generator"]
+        generator = {"generator": self.generator_term(drawn, drawn, False)}
+        loss = config.remain_weight * generator["generator"]
         if pair is not None and config.forget_weight:
-            terms["generator forget"] = self.generator_term(*pair, is_wide)
-            loss = loss + config.forget_weight * terms["generator forget"]
+            generator["generator forget"] = self.generator_term(*pair, is_wide)
+            loss = loss + config.forget_weight * generator["generator forget"]
+        look(generator)
         self._update(self.optimizers[1], self.generator, loss)
         self.fake.train().requires_grad_(True)
-        return terms
+        return fake | generator
 
     def _update(self, optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -201,7 +224,7 @@ def distil(problem: Problem, config: Config, run: Run) -> Log:
     warm = config.distil_steps + config.forget_warmup * config.num_steps
     for step in run.ticker(range(total), total=total, label="distil"):
         forgets = config.objective == "sfd" and step >= config.distil_steps
-        log.add(step, both.step(forgets, is_wide=step < warm), total)
+        both.step(forgets, step < warm, look=partial(log.add, step, num_steps=total))
         if average is not None:
             average.update_parameters(problem.model)
     if average is not None:
@@ -219,12 +242,12 @@ def fine_tune(problem: Problem, config: Config, run: Run) -> Log:
     problem.model.train()
     for step in run.ticker(range(config.num_steps), total=config.num_steps, label=config.objective):
         terms = bank.relabel(rng) if config.objective == "relabel" else bank.esd(rng)
+        log.add(step, terms, config.num_steps)
         loss = torch.stack([bank.weights[name] * value for name, value in terms.items()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(problem.model.parameters(), 1.0)
         optimizer.step()
-        log.add(step, terms, config.num_steps)
     problem.model.eval()
     return log
 
@@ -237,9 +260,13 @@ class _Bank:
         self.weights = {"remain": config.remain_weight, "forget": config.forget_weight, "erase": 1.0}
         self.remain = problem.remain(config.bank_rows, rng)
         self.forget, override = problem.pair(config.bank_rows, rng)
-        wanted = override if config.objective == "relabel" and override is not None else self.forget
-        self.remain_x0 = problem.sample(teacher, self.remain, 1)
-        self.forget_x0 = problem.sample(teacher, wanted, 2)
+        shown = self.forget
+        if config.objective == "relabel":
+            assert override is not None
+            shown = override
+        seeds = torch.randint(2**31, (2,), generator=rng).tolist()
+        self.remain_x0 = problem.sample(teacher, self.remain, seeds[0])
+        self.forget_x0 = problem.sample(teacher, shown, seeds[1])
 
     def relabel(self, rng: torch.Generator) -> dict[str, Tensor]:
         """Plain denoising: the override's pictures under the forgotten condition, others under their own."""

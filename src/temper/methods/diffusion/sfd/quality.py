@@ -171,9 +171,14 @@ def distance_rows(
 
 
 def real_pictures(records: Sequence[Labelled], wanted: Wanted) -> list[Picture]:
-    """Real pictures of everything but the forgotten class; labels are names, or their numbers."""
-    shut = {wanted.names[wanted.forget], wanted.forget}
-    return [record.image for record in records if record.image is not None and record.label not in shut]
+    """Real pictures of everything but the forgotten class; labels are names, or their numbers, also written as texts."""
+    name, number = wanted.names[wanted.forget], str(wanted.forget)
+    shut = {name} if number in wanted.names else {name, number}
+    return [
+        record.image
+        for record in records
+        if record.image is not None and record.label != wanted.forget and record.label not in shut
+    ]
 
 
 def strips(pictures: Sequence[Picture], wanted: Wanted, num_each: int = 8) -> dict[str, Picture]:

@@ -52,10 +52,10 @@ def test_sid_loss_by_hand() -> None:
 
 
 def test_alpha_one_is_the_short_form() -> None:
-    p, s, x = torch.randn(3, 2, 4, 4).unbind(1)[0], torch.randn(3, 4, 4), torch.randn(3, 4, 4)
+    p, s, x = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     omega = (p - x).abs().flatten(1).mean(1)[:, None, None]
     assert losses.sid_loss(p, s, x, 1.0).total.item() == pytest.approx(
-        ((p - s) * (s - x) / omega).sum().item(), rel=1e-4
+        ((p - s) * (s - x) / omega).sum().item(), rel=1e-4, abs=1e-4
     )
 
 
@@ -203,6 +203,35 @@ def test_departure_5_a_loss_that_is_not_finite_stops() -> None:
         fit(tiny(), EMPTY, Config(**{**QUICK, "lr": 1e30, "fake_lr": 1e30, "num_steps": 4}), Run())
 
 
+@pytest.mark.parametrize("objective", ["sfd", "relabel"])
+def test_departure_5_on_a_cpu_it_stops_before_that_step(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step's loss is spoilt: no weight has moved since the second."""
+    system, found = tiny(), []
+    original = distil.noise_loss
+
+    def spoilt(*args: Any) -> Any:
+        loss = original(*args)
+        found.append(copy.deepcopy(system.model.state_dict()))
+        return loss._replace(total=loss.total * float("nan")) if len(found) == 5 else loss
+
+    monkeypatch.setattr(distil, "noise_loss", spoilt)
+    config = Config(**{**QUICK, "objective": objective, "num_steps": 9})
+    with pytest.raises(NumericsError, match=r"is nan; its last finite value was \d.*step 2.*Lower lr"):
+        distil.train(problem_of(system, EMPTY, config, Run()), config, Run())
+    assert len(found) == 6, "two such terms a step"
+    assert all(torch.equal(found[-1][name], value) for name, value in system.model.state_dict().items())
+
+
+def test_departure_5_elsewhere_it_is_looked_for_at_the_steps_kept() -> None:
+    log, seen = distil.Log(every=5), torch.tensor
+    log.add(0, {"fake": seen(2.0)}, 100)
+    log.pending.append((3, "fake", seen(float("inf"))))  # what an accelerator's third step leaves
+    with pytest.raises(NumericsError, match=r"'fake' is inf; its last finite value was 2\.0 \(step 3\)"):
+        log.add(5, {"fake": seen(1.0)}, 100)
+
+
 def test_departure_6_the_average_is_what_is_kept() -> None:
     weights = {}
     for ema in (0.0, 0.5):
@@ -227,6 +256,25 @@ def test_departure_7_the_baselines_draw_once(monkeypatch: pytest.MonkeyPatch) ->
         artefact = fit(tiny(), EMPTY, Config(**{**QUICK, "objective": objective, "sample_steps": 2}), Run())
         assert isinstance(artefact, Weights)
     assert calls == [4] * 4
+
+
+def test_what_the_baselines_draw_differs_from_seed_to_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is not the measurement's noise, which is that of the run's seed and the next."""
+    seeds: list[int] = []
+    original = Diffusion.draw_pixels
+    monkeypatch.setattr(
+        Diffusion,
+        "draw_pixels",
+        lambda self, condition, num_steps, seed, *a: (
+            seeds.append(seed) or original(self, condition, num_steps, seed, *a)
+        ),
+    )
+    config = Config(**{**QUICK, "objective": "relabel", "sample_steps": 2})
+    for seed in (0, 1, 0):
+        fit(tiny(), EMPTY, config, Run(seed=seed))
+    assert seeds[:2] == seeds[4:]
+    assert len(set(seeds)) == 4
+    assert not set(seeds) & set(range(4))
 
 
 # what a fit leaves
@@ -319,6 +367,13 @@ def test_a_label_that_does_not_exist_is_refused(label: int | str) -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).split("_")[0].rstrip("s")):
         Config(**wrong)
+
+
+@pytest.mark.parametrize("mode", ["amax", "prob"])
+def test_relabel_has_no_pictures_for_a_classifier_to_see(mode: str) -> None:
+    with pytest.raises(ValueError, match="relabel needs override_mode fixed or rand"):
+        Config(objective="relabel", override_mode=mode, classifier="tiny:resnet")
+    assert Config(objective="relabel", override_mode="rand").override_mode == "rand"
 
 
 def test_untouched_is_for_the_toy() -> None:

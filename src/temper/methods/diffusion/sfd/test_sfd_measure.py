@@ -52,6 +52,11 @@ def test_real_pictures_leave_the_forgotten_class_out() -> None:
     assert quality.real_pictures(records, shown) == [pictures[1]]
     numbered = [dataclasses.replace(record, label=at) for at, record in enumerate(records)]
     assert quality.real_pictures(numbered, shown) == [pictures[1]]
+    written = [dataclasses.replace(record, label=str(at)) for at, record in enumerate(records)]
+    assert quality.real_pictures(written, shown) == [pictures[1]]
+    digits = dataclasses.replace(shown, names=("7", "0"))
+    named = [dataclasses.replace(record, label=name) for name, record in zip("70", records, strict=True)]
+    assert quality.real_pictures(named, digits) == [pictures[1]], "a text that is a name is no number"
     config = Config(detector="tiny:resnet", num_samples=2, sample_steps=2)
     rows = list(measure(system, Data({"real": [*records, records[1]]}), config, Run()))
     assert {"frechet", "mmd"} <= {row.metric for row in rows}
