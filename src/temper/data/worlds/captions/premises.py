@@ -1,6 +1,7 @@
 """Questions that take something for granted about a scene, truly or falsely, in the six categories of MAD-Bench.
 
-The answer to a false premise says what is wrong with it. Scenes have 2 to 4 objects without a shape or a colour in common.
+The answer to a false premise says what is wrong with it; by its words alone a true one cannot be told from a false one.
+Scenes have 2 to 4 objects without a shape or a colour in common.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import numpy as np
 from temper.data.worlds.captions.noise import uniform
 from temper.data.worlds.captions.scenes import Scene, Thing
 from temper.data.worlds.captions.signs import sign_place, with_sign
-from temper.data.worlds.captions.text import name_of, relation
-from temper.data.worlds.captions.words import COLOURS, NUMBERS, SHAPES, STYLE_PHRASES, STYLES
+from temper.data.worlds.captions.text import article, name_of, relation
+from temper.data.worlds.captions.words import COLOURS, NUMBERS, SHAPES, SIGNS, STYLE_PHRASES, STYLES
 
 __all__ = ["PREMISES", "Asked", "Premise", "ask"]
 
 PREMISE_STREAM = 16
 NUM_PICKS = 4
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-NOUNS = ("fire", "exit", "sale")
-"""Written words that name a thing, which is then not there but as a word."""
+COUNTS = NUMBERS[2:5]
+"""How many objects a scene may have."""
 
 
 class Asked(NamedTuple):
@@ -55,11 +56,11 @@ def _other(words: Sequence[str], taken: Sequence[str], pick: float) -> str:
 
 
 def _count(scene: Scene, picks: Sequence[float], deceptive: bool) -> Asked:
-    """A number of things; the false one is too high."""
-    thing, num = _two(scene, picks)[0], len(scene.things)
-    said = num + 1 + int(picks[2] * (len(NUMBERS) - 1 - num)) if deceptive else num
-    question = f"which of the {NUMBERS[said]} things is {thing.colour} ?"
-    return Asked(scene, question, f"there are {NUMBERS[num]} things" if deceptive else f"the {thing.shape}")
+    """A number of things; the false one is another scene's."""
+    thing, num = _two(scene, picks)[0], NUMBERS[len(scene.things)]
+    said = _other(COUNTS, [num], picks[2]) if deceptive else num
+    question = f"which of the {said} things is {thing.colour} ?"
+    return Asked(scene, question, f"there are {num} things" if deceptive else f"the {thing.shape}")
 
 
 def _existence(scene: Scene, picks: Sequence[float], deceptive: bool) -> Asked:
@@ -106,12 +107,12 @@ def _relation(scene: Scene, picks: Sequence[float], deceptive: bool) -> Asked:
 
 
 def _confusion(scene: Scene, picks: Sequence[float], deceptive: bool) -> Asked:
-    """What a sign says, taken for the thing itself, or asked for as the sign it is."""
-    scene = with_sign(scene, "word", picks[0], picks[1], NOUNS)
+    """A sign by the word on it; the false one is taken for another."""
+    scene = with_sign(scene, "word", picks[0], picks[1])
     word = scene.glyphs[0].text
-    if deceptive:
-        return Asked(scene, f"where is the {word} ?", f"there is no {word} , it is a sign")
-    return Asked(scene, f"where is the {word} sign ?", sign_place(scene))
+    said = _other(SIGNS, [word], picks[2]) if deceptive else word
+    answer = f"there is no {said} sign , it is {article(word)} sign" if deceptive else sign_place(scene)
+    return Asked(scene, f"where is the {said} sign ?", answer)
 
 
 PREMISES: dict[str, Premise] = {

@@ -13,9 +13,7 @@ __all__ = ["SignKind", "sign_place", "with_sign"]
 SignKind = Literal["", "hazard", "crossed", "word"]
 
 
-def with_sign(
-    scene: Scene, kind: SignKind, cell_pick: float, word_pick: float = 0.0, words: tuple[str, ...] = SIGNS
-) -> Scene:
+def with_sign(scene: Scene, kind: SignKind, cell_pick: float, word_pick: float = 0.0) -> Scene:
     """The 2 x 2 scene with a sign that hides nothing; "" leaves it as it is.
 
     A triangle takes a free cell, so at most three objects stay. A word is as wide as the picture: it takes one row, and the
@@ -26,7 +24,7 @@ def with_sign(
     if kind == "word":
         row = int(cell_pick * 2)
         things = tuple(_moved(thing, scene, 2 * (1 - row) + at) for at, thing in enumerate(scene.things[:2]))
-        word = words[int(word_pick * len(words))]
+        word = SIGNS[int(word_pick * len(SIGNS))]
         return dataclasses.replace(scene, things=things, glyphs=(Glyph("word", 2 * row, word),))
     things = scene.things[:3]
     free = sorted({0, 1, 2, 3} - {thing.cell for thing in things})

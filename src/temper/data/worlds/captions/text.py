@@ -13,7 +13,7 @@ from temper.data.worlds.captions.words import NEUTRAL_PHRASE, STYLE_PHRASES, SYN
 
 __all__ = ["CaptionRecipe", "article", "captions", "name_of", "relation", "wrong_captions"]
 
-TEXT_STREAM, WRONG_STREAM = 11, 12
+TEXT_STREAM, WRONG_STREAM = 11, 20
 NUM_PICKS = 12
 
 
