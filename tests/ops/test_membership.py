@@ -12,7 +12,7 @@ import torch
 from temper.core.errors import DataError
 from temper.core.types import Run
 from temper.data.schemas import Text
-from temper.ops import membership
+from temper.ops import logprobs, membership
 from temper.systems.loading import load_base
 
 TEXTS = [Text("one two three four five", id="a"), Text("a rather longer text of many words", id="b")]
@@ -66,6 +66,32 @@ def test_scores_are_what_the_model_says(system: Any) -> None:
         assert scores["loss"][number] == pytest.approx(-loss.item(), abs=1e-4)
         packed = len(zlib.compress(text.text.encode()))
         assert scores["zlib"][number] == pytest.approx(-loss.item() / packed, abs=1e-5)
+
+
+def test_chunks_of_the_vocabulary_change_nothing(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = membership.text_tokens(system, TEXTS, Run())
+    vocabulary, sizes = system.model.config.vocab_size, []
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2 * vocabulary)
+    original = membership.token_statistics
+    monkeypatch.setattr(
+        membership,
+        "token_statistics",
+        lambda logits_SV, target_S: sizes.append(logits_SV.numel()) or original(logits_SV, target_S),
+    )
+    for one, other in zip(whole, membership.text_tokens(system, TEXTS, Run()), strict=True):
+        for part, same in zip(one, other, strict=True):
+            torch.testing.assert_close(part, same, atol=1e-5, rtol=1e-5)
+    assert len(sizes) > 2
+    assert max(sizes) == 2 * vocabulary
+
+
+def test_what_is_compressed_is_what_was_scored(system: Any) -> None:
+    """A text cut to four tokens scores as the text of those four."""
+    ids = membership.plain_ids(system.tokenizer, TEXTS[1].text)[:4]
+    short = Text(system.tokenizer.decode(ids, skip_special_tokens=True))
+    assert len(short.text) < len(TEXTS[1].text)
+    cut = membership.membership_scores(system, TEXTS[1:], Run(), max_tokens=4)
+    assert cut["zlib"] == [cut["loss"][0] / len(zlib.compress(short.text.encode()))]
 
 
 def test_batching_changes_nothing(system: Any) -> None:

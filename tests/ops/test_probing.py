@@ -23,6 +23,17 @@ def test_states_equal_plain_forward_passes(lively, random_prompts, kind):
         assert torch.allclose(got, torch.stack(want), atol=1e-4)
 
 
+def test_reading_states_ticks_once_a_batch(lively, random_prompts):
+    ticks = []
+
+    def ticker(steps, *, total, label):
+        ticks.append((label, total))
+        return steps
+
+    last_token_states(lively("llama"), random_prompts((5, 1, 9)), -1, Run(exact=True, ticker=ticker))
+    assert ticks == [("states", 3)]
+
+
 def test_bad_rows_and_layers(lively):
     with pytest.raises(DataError, match="no tokens"):
         last_token_states(lively("llama"), [[5], []], -1, Run())

@@ -36,6 +36,7 @@ __all__ = [
     "Scored",
     "mean_by_row",
     "next_token_logits",
+    "position_logit_chunks",
     "position_logits",
     "reference_logprobs",
     "response_logprobs",
@@ -106,6 +107,11 @@ def position_logits(model: nn.Module, batch: Batch, at_BT: Tensor) -> Tensor:
     return selected_logits(model, _inputs(batch), at_BT).float()
 
 
+def position_logit_chunks(model: nn.Module, batch: Batch, at_BT: Tensor) -> Iterator[Tensor]:
+    """`position_logits` in order, a chunk of positions at a time where the head allows it."""
+    return _logit_chunks(model, _inputs(batch), at_BT)
+
+
 def sum_by_row(scored: Scored) -> Tensor:
     """Log-probability of each row's scored tokens, (B,), in nats."""
     zeros = scored.logp_S.new_zeros(scored.num_rows)
@@ -161,7 +167,7 @@ def _target_logprobs(model: nn.Module, one: TreePass, target_S: Tensor) -> Tenso
     """Log-probability of a token after each of the pass's wanted positions, row by row, float32, on the CPU."""
     node_S, start = torch.cat(one.node_S), 0
     logp_S = torch.zeros(len(node_S))
-    for logits_CV in _logit_chunks(model, one):
+    for logits_CV in _logit_chunks(model, one.inputs, one.at_BT):
         here_S = (node_S >= start) & (node_S < start + len(logits_CV))
         node_S1, target_S1 = (node_S[here_S] - start)[:, None], target_S[here_S][:, None]
         row = torch.cat([node_S1, target_S1], 1).to(logits_CV.device)
@@ -170,12 +176,12 @@ def _target_logprobs(model: nn.Module, one: TreePass, target_S: Tensor) -> Tenso
     return logp_S
 
 
-def _logit_chunks(model: nn.Module, one: TreePass) -> Iterator[Tensor]:
-    """The logits at the pass's chosen positions in float32, in order, a chunk at a time where the head allows it."""
+def _logit_chunks(model: nn.Module, inputs: dict[str, Tensor], at_BT: Tensor) -> Iterator[Tensor]:
+    """The logits at the chosen positions in float32, in order, a chunk at a time where the head allows it."""
     if not head_is_plain(model):
-        yield selected_logits(model, one.inputs, one.at_BT).float()
+        yield selected_logits(model, inputs, at_BT).float()
         return
-    hidden_SD, num_ids = wanted_hidden(model, one.inputs, one.at_BT)
+    hidden_SD, num_ids = wanted_hidden(model, inputs, at_BT)
     for hidden_CD in hidden_SD.split(max(1, CHUNK_LOGITS // num_ids)):
         yield head_of(model)(hidden_CD).float()
 
@@ -260,7 +266,7 @@ def next_token_logits(
         for one in tree_passes(
             system, prompts_ids, [[len(ids) - 1] for ids in prompts_ids], run, "first tokens"
         ):
-            logits_SV = torch.cat(list(_logit_chunks(system.model, one)))
+            logits_SV = torch.cat(list(_logit_chunks(system.model, one.inputs, one.at_BT)))
             node_B = torch.cat(one.node_S)
             if ids_K is not None:
                 logits_SV = logits_SV / temperature

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from temper.core.errors import DataError
 from temper.core.types import Run
 from temper.data.schemas import Text
-from temper.ops.batching import Batch, collate, encode, plan_batches
-from temper.ops.logprobs import position_logits
+from temper.ops.batching import Batch, collate, encode, plain_ids, plan_batches
+from temper.ops.logprobs import position_logit_chunks
 from temper.ops.precision import autocast, eval_mode
 
 if TYPE_CHECKING:
@@ -96,10 +97,21 @@ def text_tokens(
 def _batch_tokens(system: CausalLM, batch: Batch, run: Run) -> list[TextTokens]:
     scored_BT = batch.scored_BT[:, 1:]
     with eval_mode(system.model), torch.no_grad(), autocast(run):
-        logits_SV = position_logits(system.model, batch, torch.nn.functional.pad(scored_BT, (0, 1)))
-        tokens = token_statistics(logits_SV, batch.ids_BT[:, 1:][scored_BT])
+        found, start, target_S = [], 0, batch.ids_BT[:, 1:][scored_BT]
+        for logits_CV in position_logit_chunks(system.model, batch, F.pad(scored_BT, (0, 1))):
+            found.append(token_statistics(logits_CV, target_S[start : start + len(logits_CV)]))
+            start += len(logits_CV)
     sizes = scored_BT.sum(1).tolist()
-    return [TextTokens(*parts) for parts in zip(*(part.cpu().split(sizes) for part in tokens), strict=True)]
+    columns = (torch.cat(column).cpu().split(sizes) for column in zip(*found, strict=True))
+    return [TextTokens(*parts) for parts in zip(*columns, strict=True)]
+
+
+def _scored_text(system: CausalLM, text: str, num_tokens: int) -> str:
+    """The text, or that of its first `num_tokens` tokens where it has more."""
+    ids = plain_ids(system.tokenizer, text)
+    if len(ids) <= num_tokens:
+        return text
+    return str(system.tokenizer.decode(ids[:num_tokens], skip_special_tokens=True))
 
 
 def membership_scores(
@@ -107,14 +119,19 @@ def membership_scores(
 ) -> dict[str, list[float]]:
     """Score of each text by each of `ATTACKS`; `share` is that of min_k and min_k_plus.
 
+    A longer text counts, in zlib too, up to its first `max_tokens` tokens.
     Raises DataError for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise DataError(f"The share {share} of least likely tokens is not in (0, 1]", cure="Take e.g. 0.2.")
     tokens = text_tokens(system, texts, run, max_tokens=max_tokens)
+    # The first token is not scored.
+    said = [
+        _scored_text(system, text.text, len(one.logp_T) + 1) for one, text in zip(tokens, texts, strict=True)
+    ]
     return {
         "loss": [loss_score(one.logp_T) for one in tokens],
-        "zlib": [zlib_score(one.logp_T, text.text) for one, text in zip(tokens, texts, strict=True)],
+        "zlib": [zlib_score(one.logp_T, text) for one, text in zip(tokens, said, strict=True)],
         "min_k": [min_k(one.logp_T, share) for one in tokens],
         "min_k_plus": [min_k_plus(one, share) for one in tokens],
     }

@@ -26,6 +26,7 @@ __all__ = ["Probe", "fit_probe", "last_token_states", "total_variance"]
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse L2 strengths that a probe chooses from."""
 HELD_OUT = 0.2
+"""Share of the rows on which they are compared."""
 
 
 class Probe(NamedTuple):
@@ -51,8 +52,9 @@ def last_token_states(system: CausalLM, rows: Sequence[Sequence[int]], layer: in
         )
     site = f"layers.{layer}.output"
     found: list[Tensor] = [torch.zeros(0)] * len(rows)
+    plan = plan_batches([len(row) for row in rows], run)
     with eval_mode(system.model), autocast(run):
-        for batch in plan_batches([len(row) for row in rows], run):
+        for batch in run.ticker(plan, total=len(plan), label="states"):
             width = max(len(rows[n]) for n in batch)
             # Under a causal mask no token sees the padding to its right.
             ids_BT = [[*rows[n], *[system.pad_id] * (width - len(rows[n]))] for n in batch]

@@ -15,14 +15,15 @@ __all__ = ["pruned", "rounded"]
 def rounded(weight_OI: Tensor, bits: int, group: int = 0) -> Tensor:
     """The weights on a symmetric grid of `bits` bits, by round-to-nearest; back in their own dtype.
 
-    Every row has a grid of its own, or every `group` neighbours of a row; the largest weight stays as it is.
+    Every row has a grid of its own, or every `group` neighbours of a row; the largest weight stays as it is. A row whose
+    length `group` does not divide is one group.
     """
     if not 2 <= bits <= 16:
         raise ConfigError(f"{bits} bits are no grid", where="bits", cure="Take 2 to 16, e.g. 8 or 4.")
     flat = weight_OI.float().flatten(1)
     width = group or flat.shape[1]
     if flat.shape[1] % width:
-        width = flat.shape[1]  # a row that groups do not fill is one group
+        width = flat.shape[1]
     parts = flat.reshape(len(flat), -1, width)
     largest = 2 ** (bits - 1) - 1
     step = parts.abs().amax(-1, keepdim=True) / largest
