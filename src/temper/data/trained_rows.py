@@ -6,10 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from temper.data.schemas import Data, Dialogue
+from temper.data.schemas import Data, Dialogue
 
 __all__ = ["keep_trained", "seen_items"]
 
@@ -29,7 +27,7 @@ def seen_items(data: Data, folders: Iterable[Path]) -> frozenset[str]:
     keys = {key for file in files if file.is_file() for key in json.loads(file.read_text())}
     if not keys:
         return frozenset()
-    records = [record for part in data for record in data[part] if hasattr(record, "messages")]
+    records = [record for part in data for record in data[part] if isinstance(record, Dialogue)]
     return frozenset(record.id for record in records if _key(record) in keys)
 
 
