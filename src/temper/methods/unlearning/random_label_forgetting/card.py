@@ -25,7 +25,8 @@ Maths         item   question, right response r, one distractor w
               probe  logistic regression with L2 on that layer's state at the response's last token, right against wrong
                      response; trained on the training items, tested on held-out ones, before and after forgetting
               map    A[f, e] = acc on task e after forgetting f. With m = mean of A, its variance splits into rows (what was
-                     forgotten), columns (what is tested) and the rest; shares of both are reported.
+                     forgotten), columns (what is tested) and the rest; shares of both are reported. Rows come in the order of
+                     an average-linkage clustering, columns likewise, and the report's heat map shows them so.
               order  step at which an item's confidence first passes 0.6 in learning, and first falls below it in
                      forgetting: Spearman correlation over trained items
 

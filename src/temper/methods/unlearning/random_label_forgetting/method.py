@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,14 +50,18 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
     names = [task.name for task in tasks]
     sizes = {task.name: len(task.test) for task in tasks}
     flipped = config.labels == "flip"
-    yield from _before_rows(study, sizes)
-    yield from _map_rows(study, names, sizes, flipped, run)
+    map_FE = np.array([[study.forgotten[f].after[e] for e in names] for f in names])
+    forgotten, tested = ([names[i] for i in order] for order in maths.clustered(map_FE))
+    yield from _before_rows(study, tested, sizes)
+    yield from _map_rows(study, forgotten, tested, sizes, flipped)
+    yield from _share_rows(map_FE)
     yield from _own_rows(study, names, flipped)
     yield from _summary_rows(study, names)
 
 
-def _before_rows(study: Study, sizes: dict[str, int]) -> Iterator[Row]:
-    for name, before in study.before.items():
+def _before_rows(study: Study, names: Sequence[str], sizes: dict[str, int]) -> Iterator[Row]:
+    for name in names:
+        before = study.before[name]
         yield Row(
             metric="accuracy",
             value=before.accuracy,
@@ -73,12 +76,15 @@ def _before_rows(study: Study, sizes: dict[str, int]) -> Iterator[Row]:
 
 
 def _map_rows(
-    study: Study, names: Sequence[str], sizes: dict[str, int], flipped: bool, run: Run
+    study: Study, forgotten: Sequence[str], tested: Sequence[str], sizes: dict[str, int], flipped: bool
 ) -> Iterator[Row]:
-    """Held-out accuracy and ratio of every task, one arm for each forgotten one."""
-    for name in names:
+    """Held-out accuracy and ratio of every task, one arm for each forgotten one.
+
+    A report's heat map has its arms and groups in the order in which they come: similar ones stand together.
+    """
+    for name in forgotten:
         seen = study.forgotten[name]
-        for other in names:
+        for other in tested:
             place: dict[str, Any] = {"n": sizes[other], "arm": f"forget_{name}", "group": other}
             yield Row(metric="accuracy_learnt", value=seen.learnt[other], **place)
             yield Row(metric="accuracy", value=seen.after[other], **place)
@@ -89,16 +95,14 @@ def _map_rows(
                 else f"accuracy before was {seen.learnt[other]:.2f}: never had the skill"
             )
             yield Row(metric="forget_ratio", value=ratio, note=note, **place)
-    map_FE = np.array([[study.forgotten[f].after[e] for e in names] for f in names])
+
+
+def _share_rows(map_FE: maths.Array) -> Iterator[Row]:
+    """How much of the map's variance lies in what is tested, and in what was forgotten."""
     shares = maths.variance_shares(map_FE)
     for arm in ("tested", "forgotten"):
         value = None if shares is None else float(getattr(shares, arm))
         yield Row(metric="variance_share", value=value, n=map_FE.size, arm=arm)
-    if run.folder is not None and len(names) > 1:
-        rows, columns = maths.clustered(map_FE)
-        table = {names[f]: {names[e]: float(map_FE[f, e]) for e in columns} for f in rows}
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "map.json").write_text(json.dumps(table, indent=1))
 
 
 def _own_rows(study: Study, names: Sequence[str], flipped: bool) -> Iterator[Row]:

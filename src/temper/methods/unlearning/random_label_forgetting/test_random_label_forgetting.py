@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,9 +208,9 @@ def test_an_unknown_task_is_named(system: Any) -> None:
 # ---- the study
 
 
-def test_the_study_of_two_tasks(system: Any, tmp_path: Path) -> None:
+def test_the_study_of_two_tasks(system: Any) -> None:
     data = Data({part: [*own()[part], *own(task="products")[part]] for part in ("train", "test")})
-    rows = list(measure(system, data, quick(order_items=4, order_every=1), replace(RUN, folder=tmp_path)))
+    rows = list(measure(system, data, quick(order_items=4, order_every=1), RUN))
     values = {(row.metric, row.arm, row.group or row.item): row.value for row in rows}
     for forgotten in ("sums", "products"):
         for tested in ("sums", "products"):
@@ -222,7 +220,6 @@ def test_the_study_of_two_tasks(system: Any, tmp_path: Path) -> None:
         assert values["gap", "forgotten", forgotten] == pytest.approx(after - 0.5)
         assert values["lost_accuracy", "output", forgotten] == pytest.approx(learnt - after)
         assert values["forget_ratio", f"forget_{forgotten}", forgotten] == maths.forget_ratio(learnt, after)
-    assert set(json.loads((tmp_path / "map.json").read_text())) == {"sums", "products"}
     for row in rows:
         if row.metric == "label_fit":
             assert ("inconclusive" in row.note) is (row.value < 0.8)
@@ -242,12 +239,42 @@ def test_flipped_labels_train_the_distractor_and_divide_by_what_there_was_to_tur
 def test_a_skill_that_was_never_there_has_no_ratio_and_the_row_says_so() -> None:
     seen = study.Forgotten({"sums": 0.55}, {"sums": 0.5}, torch.zeros(1), 0.5, 0.9, None, None)
     found = study.Study({"sums": study.Before(0.5, 0.5, None)}, {"sums": seen})
-    rows = list(method._map_rows(found, ["sums"], {"sums": 8}, False, RUN))
+    rows = list(method._map_rows(found, ["sums"], ["sums"], {"sums": 8}, False))
     (row,) = [row for row in rows if row.metric == "forget_ratio"]
     assert row.value is None
     assert "never had the skill" in row.note
-    (share, *_) = [row for row in rows if row.metric == "variance_share"]
+    (share, *_) = method._share_rows(np.array([[0.5]]))
     assert share.value is None, "one task has no map"
+
+
+def test_the_reports_map_stands_in_clustered_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from temper.report.tables import heat_maps
+
+    names = ["a", "b", "c", "d"]
+    map_44 = np.array(
+        [[0.5, 1.0, 0.5, 0.9], [0.9, 0.5, 1.0, 0.5], [0.5, 0.9, 0.5, 1.0], [1.0, 0.5, 0.9, 0.5]]
+    )
+    forgotten = {
+        name: study.Forgotten(
+            dict.fromkeys(names, 1.0),
+            dict(zip(names, line, strict=True)),
+            torch.zeros(1),
+            0.5,
+            0.9,
+            None,
+            None,
+        )
+        for name, line in zip(names, map_44.tolist(), strict=True)
+    }
+    found = study.Study(dict.fromkeys(names, study.Before(0.6, 0.5, None)), forgotten)
+    monkeypatch.setattr(method, "run_study", lambda *_: found)
+    data = Data({part: [row for n in names for row in own(task=n)[part]] for part in ("train", "test")})
+    rows: Any = measure(None, data, quick(), RUN)  # type: ignore[arg-type]
+    (drawn,) = [heat for heat in heat_maps(rows) if heat.metric == "accuracy"]
+    assert {frozenset(drawn.groups[:2]), frozenset(drawn.groups[2:])} == {frozenset("ac"), frozenset("bd")}
+    arms = [arm.removeprefix("forget_") for arm in drawn.arms]
+    assert arms[0] == "base"
+    assert {frozenset(arms[1:3]), frozenset(arms[3:])} == {frozenset("ac"), frozenset("bd")}
 
 
 def test_joint_and_alone_start_from_different_models(system: Any) -> None:
