@@ -17,13 +17,13 @@ Idea          A behaviour that a few gradient steps, a coarser number format or 
 Maths         finetune   minimise the token-mean cross-entropy of the replies of a random `share` of the given rows for
                          `num_steps` steps of AdamW, by a LoRA adapter or all weights
               quantise   w' = s round(w / s), s = max |w| / (2^(bits - 1) - 1) over each row of a matrix, or over each
-                         `group_size` neighbours of a row
+                         `group_size` neighbours of a row; `dynamic`: the same for x, 8 bits, s from each token's own inputs
               prune      w' = 0 where |w| is among the smallest `sparsity` of its matrix, else w
               prefill    p(y | x) becomes p(y | x, z): z stands where the reply begins, before the model writes. z is
                          `opening`, or for each given row the first `known_tokens` tokens of its own answer
 
-Departures    1. Quantisation rounds the weights and computes on in the model's own dtype: what a format stores, not how a
-                 kernel multiplies. Dynamic int8 also rounds activations; that part is left out.
+Departures    1. Quantisation rounds the weights, with `dynamic` also what enters each layer, and computes on in the model's own
+                 dtype: what the numbers can hold, not how a kernel multiplies them.
               2. Only linear layers are rounded and pruned; embeddings and the vocabulary projection stay.
               3. z is context and no part of the reply: judges and ROUGE see what the model adds, probabilities are those of
                  the answer's rest. An answer that does not begin with z is scored whole, behind it. With `known_tokens`
@@ -68,6 +68,8 @@ class Config:
     """Bits of a weight after quantise."""
     group_size: int = 32
     """Neighbours of a row that share a scale in quantise; 0 = the whole row, as int8 is stored."""
+    dynamic: bool = False
+    """Quantise: round each token's inputs of these layers to 8 bits too, as dynamic int8 does."""
     sparsity: float = 0.2
     """Share of each matrix that prune sets to 0."""
     opening: str = "Sure, here is the answer:"
@@ -81,6 +83,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.known_tokens < 0 or not (self.known_tokens or self.opening):
             raise ValueError("prefill needs an opening, or known_tokens above 0")
+        if self.dynamic and self.how != "quantise":
+            raise ValueError(f"dynamic rounds what quantised layers read; how is {self.how}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is a part of the rows, above 0 and at most 1, not {self.share}")
 
@@ -96,13 +100,22 @@ CARD = Card(
     claims=(
         Claim(
             id="relearning-brings-back",
-            sentence="After NPO with a retain term, twenty steps on a quarter of the forgotten rows make all of the "
-            "forgotten answers more probable.",
+            sentence="After NPO with a retain term, twenty steps on a quarter of the forgotten rows make the "
+            "other forgotten answers more probable.",
             metric="forget_probability",
             arm="relearn",
             baseline="unlearned",
             direction="higher",
             paper="relearning on a part restores what unlearning took (Lynch et al., figures)",
+        ),
+        Claim(
+            id="other-data-brings-back",
+            sentence="So do twenty steps on facts about other people.",
+            metric="forget_probability",
+            arm="other_data",
+            baseline="unlearned",
+            direction="higher",
+            paper="no figure followed; asked because anybody may go on training",
         ),
         Claim(
             id="four-bits-bring-back",

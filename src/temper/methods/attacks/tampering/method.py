@@ -86,6 +86,7 @@ def _rule(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
         "how": config.how,
         "bits": config.bits,
         "group_size": config.group_size,
+        "dynamic": config.dynamic,
         "sparsity": config.sparsity,
     }
     change_of(settings)(
@@ -105,7 +106,20 @@ def build_steer(system: CausalLM, artefact: Steer, strength: float) -> Iterator[
     change = change_of(artefact.settings)
     for name, parameter in _matrices(system).items():
         replace_tensor(system.model, name, change(parameter.data))
-    yield None
+    modules = _linear(system) if artefact.settings.get("dynamic") else ()
+    handles = [module.register_forward_pre_hook(_round_input) for module in modules]
+    try:
+        yield None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _round_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Each token's inputs on a grid of 8 bits; gradients pass as if they were not rounded."""
+    inputs = args[0]
+    on_grid = rounded(inputs.detach().flatten(0, -2), 8).view_as(inputs)
+    return (inputs + (on_grid - inputs).detach(), *args[1:])
 
 
 def change_of(settings: Mapping[str, Json]) -> Callable[[Tensor], Tensor]:
@@ -113,6 +127,10 @@ def change_of(settings: Mapping[str, Json]) -> Callable[[Tensor], Tensor]:
     if settings["how"] == "prune":
         return partial(pruned, share=settings["sparsity"])
     return partial(rounded, bits=settings["bits"], group=settings["group_size"])
+
+
+def _linear(system: CausalLM) -> list[nn.Module]:
+    return [system.model.get_submodule(name) for name in target_modules(system.model, ALL_LINEAR)]
 
 
 def _matrices(system: CausalLM) -> dict[str, nn.Parameter]:

@@ -62,6 +62,26 @@ def test_linear_layers_change_and_nothing_else(how):
         pass
 
 
+def test_departure_1_dynamic_int8_rounds_what_layers_read_and_leaves_no_hook():
+    system = load_base("tiny:llama")
+    module = system.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    config = Config(how="quantise", bits=8, group_size=0, dynamic=True)
+    with fit(system, Data({}), config, Run()).apply(system) as tampered:
+        inside = tampered.model.model.layers[0].mlp.up_proj
+        out = inside(x)
+        tokens = x.detach().flatten(0, 1)
+        step = tokens.abs().amax(1, keepdim=True) / 127
+        by_hand = ((tokens / step).round() * step) @ inside.weight.detach().T
+        torch.testing.assert_close(out.detach().flatten(0, 1), by_hand)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(grad[0, 0], inside.weight.detach().sum(0))
+        assert not tampered.model.lm_head._forward_pre_hooks
+    assert not any(part._forward_pre_hooks for part in system.model.modules())
+    with pytest.raises(ValueError, match="dynamic"):
+        Config(how="prune", dynamic=True)
+
+
 def test_relearning_brings_the_rows_held_back(monkeypatch):
     system = load_base("tiny:llama")
     rows = [
