@@ -13,6 +13,7 @@ from temper.core.errors import DataError
 from temper.core.types import Run
 from temper.data.schemas import Text
 from temper.ops import logprobs, membership
+from temper.ops.batching import plain_ids
 from temper.systems.loading import load_base
 
 TEXTS = [Text("one two three four five", id="a"), Text("a rather longer text of many words", id="b")]
@@ -87,7 +88,7 @@ def test_chunks_of_the_vocabulary_change_nothing(system: Any, monkeypatch: pytes
 
 def test_what_is_compressed_is_what_was_scored(system: Any) -> None:
     """A text cut to four tokens scores as the text of those four."""
-    ids = membership.plain_ids(system.tokenizer, TEXTS[1].text)[:4]
+    ids = plain_ids(system.tokenizer, TEXTS[1].text)[:4]
     short = Text(system.tokenizer.decode(ids, skip_special_tokens=True))
     assert len(short.text) < len(TEXTS[1].text)
     cut = membership.membership_scores(system, TEXTS[1:], Run(), max_tokens=4)
