@@ -1,11 +1,15 @@
 """Inner loops: the gradient is the training loop's, weights come back bit for bit, optimisers do not outlive a loop."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
+from temper.core.errors import ConfigError
 from temper.core.types import Run
 from temper.ops.batching import Example
 from temper.ops.inner_loop import Gradient, add_scaled, gradient, inner_loop, restored
+from temper.ops.objectives import SumCount
 from temper.ops.optim import adamw
 from temper.ops.train import SftObjective, TrainSettings, train
 
@@ -40,6 +44,46 @@ def test_the_gradient_is_that_of_a_plain_backward_pass(lively, kind, budget):
     assert float(found.loss) == pytest.approx(float(total.detach()) / 14, rel=1e-5)
     for parameter, grad in zip(parameters, found.grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-5)
+
+
+class Spread:
+    """The variance of a step's losses: items are compared, so a part of them says something else."""
+
+    weights: ClassVar = {"spread": 1.0}
+    unsplittable = True
+
+    def counts(self, items):
+        return {"spread": 1.0}
+
+    def __call__(self, model, items):
+        losses = [SftObjective(3)(model, [item])["nll"].total for item in items]
+        return {"spread": SumCount(torch.stack(losses).var(), 1.0)}
+
+
+def test_what_compares_items_is_not_split_here_either(lively):
+    model = lively("llama").model
+    parameters = list(model.parameters())
+    with pytest.raises(ConfigError, match="cannot be split"):
+        gradient(model, parameters, Spread(), rows(5, 9), Run(batch_tokens=8), length=size)
+    assert float(gradient(model, parameters, Spread(), rows(5, 9), Run(), length=size).loss) > 0
+
+
+class Halting(SftObjective):
+    """Rows of three tokens ask nothing of the model."""
+
+    def __call__(self, model, items):
+        if len(items[0].ids) == 3:
+            return {"nll": SumCount(torch.zeros(()), 2.0)}
+        return super().__call__(model, items)
+
+
+def test_a_part_that_reaches_no_parameter_adds_nothing(lively):
+    model = lively("llama").model
+    parameters = list(model.parameters())
+    run = Run(batch_tokens=4)
+    both = gradient(model, parameters, Halting(3), rows(5, 3), run, length=size)
+    alone = gradient(model, parameters, Halting(3), rows(5), run, length=size)
+    torch.testing.assert_close(both.grads, [grad * 4 / 6 for grad in alone.grads])
 
 
 def test_one_inner_step_is_one_training_step(lively):

@@ -52,9 +52,9 @@ def gradient(
     for places in split(model, objective, lengths, run, device):
         part = [items[place] for place in places]
         with part_loss(model, objective, part, counts, run, length=length, device=device) as (_, loss):
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if loss.requires_grad:
+                add_scaled(grads, torch.autograd.grad(loss, parameters, allow_unused=True), 1.0)
         total = total + loss.detach()
-        add_scaled(grads, found, 1.0)
     return Gradient(total, grads)
 
 

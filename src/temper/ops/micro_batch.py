@@ -31,7 +31,13 @@ class Part(NamedTuple):
 def split(
     model: nn.Module, objective: Objective[Item], lengths: Sequence[int], run: Run, device: torch.device
 ) -> list[list[int]]:
-    """A step's micro-batches as places in `lengths`, by the token budget; end to end where objective and model allow it."""
+    """A step's micro-batches as places in `lengths`, by the token budget; end to end where objective and model allow it.
+
+    Raises ConfigError where a loss that cannot be split does not fit.
+    """
+    if getattr(objective, "unsplittable", False):
+        _check_whole(objective, lengths, run)
+        return [list(range(len(lengths)))]
     packs = getattr(objective, "packs", False) and device.type == "cpu" and can_pack(model)
     return plan_batches(lengths, run, packed=packs)
 
@@ -61,9 +67,24 @@ def part_loss(
         yield Part(terms, sum(losses, torch.zeros((), device=device)))
 
 
+def _check_whole(objective: Objective[Item], lengths: Sequence[int], run: Run) -> None:
+    needed = len(lengths) * max(lengths)
+    fits = needed <= run.batch_tokens or getattr(objective, "bounds_memory", False)
+    if not fits or run.num_procs > 1:
+        raise ConfigError(
+            f"The loss compares the items of a step and cannot be split: {len(lengths)} items need {needed} "
+            f"tokens, the budget is {run.batch_tokens}, the processes are {run.num_procs}",
+            cure="Raise batch_tokens, lower batch_rows, and use one process.",
+        )
+
+
 def _check_terms(
     terms: Mapping[str, SumCount], weights: Mapping[str, float], counts: Mapping[str, float]
 ) -> None:
     for name in terms:
         if name not in weights or name not in counts:
-            raise ConfigError(f"The loss term {name!r} has no {'weight' if name not in weights else 'count'}")
+            raise ConfigError(
+                f"The loss term {name!r} has no {'weight' if name not in weights else 'count'}",
+                where="the objective's call",
+                cure="Name every term in `weights` and in `counts`.",
+            )

@@ -159,20 +159,7 @@ class Loop(Generic[Item]):
         """The step's micro-batches as places in `items`, the same in every process."""
         lengths = [self.length(item) for item in items]
         self.log.num_tokens += sum(lengths)
-        if getattr(self.objective, "unsplittable", False):
-            self._check_whole(lengths)
-            return [list(range(len(items)))]
         return split(self.model, self.objective, lengths, self.run, self.parameters[0].device)
-
-    def _check_whole(self, lengths: Sequence[int]) -> None:
-        needed = len(lengths) * max(lengths)
-        fits = needed <= self.run.batch_tokens or getattr(self.objective, "bounds_memory", False)
-        if not fits or self.procs.num > 1:
-            raise ConfigError(
-                f"The loss compares the items of a step and cannot be split: {len(lengths)} items need {needed} "
-                f"tokens, the budget is {self.run.batch_tokens}, the processes are {self.procs.num}",
-                cure="Raise batch_tokens, lower batch_rows, and use one process.",
-            )
 
     def _values(
         self, totals: Mapping[str, Tensor], counts: Mapping[str, float], norm: Tensor
