@@ -51,6 +51,9 @@ Limits        A reply without refusal words is not yet harmful, and a target tha
               system turn is part of the prompt. The loss knows the control token of a refusal gate but not its
               thresholds: success comes from real replies. Settings are for greedy decoding. Cost is about
               goals x num_steps x num_candidates x (half the slot + template + target) tokens; `temper plan` says it first.
+              A budget counts as queries candidates scored, replies read under way and strings tried at the end, as tokens
+              all of that and what a draft runs. With filter: off a string may have more tokens when it is typed than
+              the search had, which a limit of tokens does not foresee.
 Reference code  github.com/llm-attacks/llm-attacks (MIT), github.com/GraySwanAI/nanoGCG (MIT); facts only.
 """
 

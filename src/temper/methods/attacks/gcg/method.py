@@ -22,7 +22,7 @@ from temper.methods.attacks.gcg import outcomes as results
 from temper.methods.attacks.gcg.card import Config
 from temper.methods.attacks.gcg.outcomes import Goal, Outcome
 from temper.methods.attacks.gcg.probe import first_layers, num_layers_of, open_draft
-from temper.methods.attacks.gcg.spending import Spending, cost_of, estimate
+from temper.methods.attacks.gcg.spending import Spending, estimate, require_paid
 from temper.methods.attacks.gcg.steps import GRADIENT, Draft, Member, Search
 from temper.ops.search import allowed_mask, require_same_vocabulary
 from temper.ops.search_losses import SlotLoss, SlotScorer
@@ -79,14 +79,14 @@ def _each(
     """One search a goal."""
     allowed_V = allowed_mask(system, ascii_only=not config.allow_non_ascii)
     curves: dict[str, list[float]] = {}
+    require_paid([Spending([[goal]], config, run) for goal in goals])
     for number, goal in enumerate(run.ticker(goals, total=len(goals), label="goals")):
         started = time.perf_counter()
         run.budget.share(len(goals) - number)
-        search = None
+        spending = Spending([[goal]], config, run)
         if config.search != "none":
-            search = optimise([[goal]], allowed_V, config, run)
-            curves[goal.name] = search.curve
-        yield from _attempts(system, [goal], search, config, run, judge, started)
+            curves[goal.name] = optimise([[goal]], allowed_V, config, run, spending).curve
+        yield from _attempts(system, spending, started, judge)
         results.write_figures(run, curves)
 
 
@@ -118,21 +118,29 @@ def _universal(
     judge: Judge,
 ) -> Iterator[Attempt]:
     started = time.perf_counter()
-    search = None
+    spending = Spending(by_model, config, run, held_out)
+    require_paid([spending])
     if config.search != "none":
         masks = [allowed_mask(system, ascii_only=not config.allow_non_ascii) for system in systems]
         size = min(map(len, masks))
         allowed_V = torch.stack([mask[:size] for mask in masks]).all(0)
-        search = optimise(by_model, allowed_V, config, run)
+        search = optimise(by_model, allowed_V, config, run, spending)
         results.write_figures(run, {"all goals": search.curve})
-    yield from _attempts(systems[0], by_model[0], search, config, run, judge, started, held_out)
+    yield from _attempts(systems[0], spending, started, judge)
 
 
-def optimise(by_model: Sequence[Sequence[Goal]], allowed_V: Tensor, config: Config, run: Run) -> Search:
+def optimise(
+    by_model: Sequence[Sequence[Goal]],
+    allowed_V: Tensor,
+    config: Config,
+    run: Run,
+    spending: Spending | None = None,
+) -> Search:
     """The finished search over goals, `by_model[m][p]` being goal p on model m."""
+    spending = spending or Spending(by_model, config, run)
     search = open_search(by_model, allowed_V, config, run, _generator(run.seed, by_model[0]))
+    spending.follow(search)
     grows = config.universal and config.progressive
-    spending = Spending(search, run.budget)
     for step in run.ticker(range(config.num_steps), total=config.num_steps, label="gcg"):
         if config.early_stop and search.best.is_hit and not grows:
             break
@@ -140,7 +148,7 @@ def optimise(by_model: Sequence[Sequence[Goal]], allowed_V: Tensor, config: Conf
             break
         search.step()
         spending.book(1)
-        if (step + 1) % config.check_every == 0 and _checked(search, by_model, config, run, grows):
+        if (step + 1) % config.check_every == 0 and _checked(search, by_model, spending, grows):
             break
     return search
 
@@ -178,16 +186,19 @@ def _generator(seed: int, goals: Sequence[Goal]) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
-def _checked(
-    search: Search, by_model: Sequence[Sequence[Goal]], config: Config, run: Run, grows: bool
-) -> bool:
-    """Look at replies: add a goal, then a model, when all that count succeed; True when the search may stop."""
-    members = search.all_members
+def _checked(search: Search, by_model: Sequence[Sequence[Goal]], spending: Spending, grows: bool) -> bool:
+    """Look at replies: add a goal, then a model, when all that count succeed; True when the search should stop.
+
+    It also should where the budget does not pay for the look.
+    """
+    members, config = search.all_members, search.config
     may_stop = config.stop_loss > 0 and search.best.loss < config.stop_loss
     if not (may_stop or (grows and len(search.members) < len(members))):
         return False
+    if not spending.allows_replies():
+        return True
     ids = search.best.ids if may_stop else search.current
-    if not all(_says(by_model[member.model][member.goal], ids, config, run) for member in search.members):
+    if not all(_says(by_model[m.model][m.goal], m.goal, ids, spending) for m in search.members):
         return False
     if not grows or len(search.members) == len(members):
         return may_stop
@@ -202,14 +213,16 @@ def _checked(
             if member.model < len(models) + (not more_goals) and member.goal < num_goals + more_goals
         ]
     )
+    spending.book()
     return False
 
 
-def _says(goal: Goal, ids: Sequence[int], config: Config, run: Run) -> bool:
+def _says(goal: Goal, number: int, ids: Sequence[int], spending: Spending) -> bool:
     """Whether the reply to the slot succeeds: no refusal prefix, or for a benign goal the target."""
-    typed = results.filled(goal, results.text_of(goal, ids))
-    (reply,) = results.replies_to(goal.prompt.system, [typed], config, run)
-    outcome = Outcome(typed, 0.0, 0.0, reply)
+    config, typed = spending.config, results.filled(goal, results.text_of(goal, ids))
+    (reply,) = results.replies_to(goal.prompt.system, [typed], config, spending.run)
+    spending.book_reply(number, results.num_tokens(reply))
+    outcome = Outcome(typed, 0.0, 0.0, reply.text)
     (verdicts,) = results.judge_replies([goal], [outcome], judges.load(results.STRING_RULE))
     return results.succeeded(goal, verdicts, config) is True
 
@@ -221,46 +234,39 @@ def _draft(search: Search, config: Config, run: Run) -> Draft:
     system = search.all_members[0].scorer.prompt.system
     num_layers = num_layers_of(config.draft, system)
     opened = system if num_layers else open_draft(config.draft, system, run)
-    scorers = {
-        member: SlotScorer(dataclasses.replace(member.scorer.prompt, system=opened), member.scorer.loss, run)
-        for member in search.all_members
-        if member.model == 0
-    }
+    search.drafts = [
+        Member(SlotScorer(dataclasses.replace(m.scorer.prompt, system=opened), m.scorer.loss, run), 0, m.goal)
+        for m in search.all_members
+        if m.model == 0
+    ]
 
     def view() -> AbstractContextManager[None]:
         return first_layers(system.model, num_layers) if num_layers else nullcontext()
 
     def draft(ids_KN: Tensor, current: Sequence[int]) -> Tensor:
         with view():
-            counted = [scorers[member] for member in search.members if member in scorers]
-            return torch.stack([scorer.losses(ids_KN, current).loss_K for scorer in counted]).mean(0)
+            counted = {member.goal for member in search.members}
+            found = [m.scorer.losses(ids_KN, current).loss_K for m in search.drafts if m.goal in counted]
+            return torch.stack(found).mean(0)
 
     return draft
 
 
-def _attempts(
-    system: CausalLM,
-    goals: Sequence[Goal],
-    search: Search | None,
-    config: Config,
-    run: Run,
-    judge: Judge,
-    started: float,
-    held_out: Sequence[Goal] = (),
-) -> Iterator[Attempt]:
+def _attempts(system: CausalLM, spending: Spending, started: float, judge: Judge) -> Iterator[Attempt]:
     """The string tried on each goal, by a fresh pass, with real replies."""
+    search, config, run, goals = spending.search, spending.config, spending.run, spending.goals
     text = results.text_of(goals[0], search.best.ids) if search else ""
-    all_goals = [*goals, *held_out]
-    found = results.outcomes(system, all_goals, text, config, run)
+    found = results.outcomes(system, goals, text, config, run)
     if search:
         _check(search, found, system, config, run)
-    verdicts = results.judge_replies(all_goals, found, judge)
-    wall_s = (time.perf_counter() - started) / len(all_goals)
-    for number, (goal, outcome, verdict) in enumerate(zip(all_goals, found, verdicts, strict=True)):
-        is_held_out = number >= len(goals)
-        cost = cost_of(search, None if is_held_out else number, goal, wall_s, run.budget)
+    verdicts = results.judge_replies(goals, found, judge)
+    wall_s = (time.perf_counter() - started) / len(goals)
+    for number, (goal, outcome, verdict) in enumerate(zip(goals, found, verdicts, strict=True)):
+        is_held_out = number >= spending.num_searched
+        spending.book_reply(number, outcome.tokens)
+        cost = {**spending.of_goal(number), "wall_s": wall_s}
         detail: dict[str, Json] = {"suffix": text, "search": config.search}
-        if held_out:
+        if len(goals) > spending.num_searched:
             detail["held_out"] = float(is_held_out)
         if search and not is_held_out:
             detail |= {"loss_curve": search.curve, "steps": search.num_steps, "start_loss": search.curve[0]}

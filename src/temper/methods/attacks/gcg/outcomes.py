@@ -17,7 +17,7 @@ from temper.ops.batching import Example
 from temper.ops.generate import generate, prompt_ids
 from temper.ops.logprobs import response_logprobs
 from temper.ops.search_prompt import SLOT, SlotPrompt
-from temper.systems.base import Sampling
+from temper.systems.base import Reply, Sampling
 from temper.systems.causal_lm import CausalLM
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_loss",
     "filled",
     "judge_replies",
+    "num_tokens",
     "outcomes",
     "replies_to",
     "succeeded",
@@ -50,12 +51,16 @@ class Goal(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The string in its prompt: mean NLL of the target in nats, log-probability of all of it, the reply to it."""
+    """The string in its prompt: mean NLL of the target in nats, log-probability of all of it, the reply to it.
+
+    `tokens` were run for both.
+    """
 
     input: str
     loss: float
     target_logp: float
     reply: str
+    tokens: int = 0
 
 
 def filled(goal: Goal, text: str) -> str:
@@ -70,12 +75,15 @@ def text_of(goal: Goal, ids: Sequence[int]) -> str:
     return text if text is not None else str(goal.prompt.system.tokenizer.decode(list(ids)))
 
 
-def replies_to(system: CausalLM, inputs: Sequence[str], config: Config, run: Run) -> list[str]:
+def replies_to(system: CausalLM, inputs: Sequence[str], config: Config, run: Run) -> list[Reply]:
     """Greedy replies to user messages."""
     sampling = Sampling(max_new_tokens=config.reply_tokens)
-    return [
-        reply.text for reply in generate(system, [[Message("user", text)] for text in inputs], sampling, run)
-    ]
+    return generate(system, [[Message("user", text)] for text in inputs], sampling, run)
+
+
+def num_tokens(reply: Reply) -> int:
+    """Tokens read and written for a reply."""
+    return reply.num_prompt_tokens + len(reply.ids)
 
 
 def outcomes(system: CausalLM, goals: Sequence[Goal], text: str, config: Config, run: Run) -> list[Outcome]:
@@ -98,8 +106,10 @@ def outcomes(system: CausalLM, goals: Sequence[Goal], text: str, config: Config,
     logp_N = response_logprobs(system, examples, run=run).tolist()
     said = replies_to(system, inputs, config, run)
     return [
-        Outcome(typed, -logp / len(goal.prompt.target), logp, reply)
-        for goal, typed, logp, reply in zip(goals, inputs, logp_N, said, strict=True)
+        Outcome(
+            typed, -logp / len(goal.prompt.target), logp, reply.text, len(example.ids) + num_tokens(reply)
+        )
+        for goal, typed, example, logp, reply in zip(goals, inputs, examples, logp_N, said, strict=True)
     ]
 
 

@@ -17,7 +17,15 @@ from temper.ops.search_losses import Scores
 from temper.systems import anchors
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["Probed", "agreement", "first_layers", "num_layers_of", "open_draft", "probe_sample"]
+__all__ = [
+    "Probed",
+    "agreement",
+    "first_layers",
+    "most_scored",
+    "num_layers_of",
+    "open_draft",
+    "probe_sample",
+]
 
 PROBE_SHARE = 16
 
@@ -38,6 +46,11 @@ def agreement(draft_K: Tensor, target_K: Tensor) -> float:
     draft, target = draft - draft.mean(), target - target.mean()
     length = float(draft.norm() * target.norm())
     return (1 + float(draft @ target) / length) / 2 if length else 0.0
+
+
+def most_scored(num: int, reduction: float) -> int:
+    """Candidates of `num` that the attacked model scores at most: the probe set, and the draft's best where alpha is 0."""
+    return min(num, max(1, num // PROBE_SHARE) + max(1, int(num / reduction)))
 
 
 def probe_sample(

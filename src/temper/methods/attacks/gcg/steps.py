@@ -72,6 +72,8 @@ class Search:
     config: Config
     generator: torch.Generator
     draft: Draft | None = None
+    drafts: list[Member] = field(default_factory=list)
+    """What a draft with passes of its own scores these goals by."""
     grad_NV: Tensor | None = None
     loss: float = math.nan
     best: Best = field(default_factory=lambda: Best(math.inf, []))
