@@ -50,7 +50,8 @@ Departures    1. KL is averaged over real tokens; the released code averages ove
               6. kto: the constant stands inside the mean, which moves the loss and not its gradient.
               7. Small forget sets: at least min_steps optimiser steps. Ten epochs of a dozen rows are ten steps.
               8. Truth ratios in the log domain: nothing overflows where a probability has vanished.
-              9. Training stops when the forget answers' NLL passes max_forget_nll; gradient ascent has no floor.
+              9. Training stops when the forget answers' NLL passes max_forget_nll; gradient ascent has no floor. The
+                 report says so, in the table "How unlearning ended" of the step.
               10. idk+rt sums two token means; the released code takes one mean over the tokens of both.
 
 Limits        Without a retain set only ga, npo, simnpo, dpo, kto, idk and + fkl can run; the others stop and say so. A

@@ -13,7 +13,7 @@ from temper.core.types import Row, Run
 from temper.data.schemas import Data
 from temper.methods.unlearning.npo import metrics, path, toy
 from temper.methods.unlearning.npo.card import LEARN, Config
-from temper.methods.unlearning.npo.training import encode_answers, prepare, tune, unlearn
+from temper.methods.unlearning.npo.training import encode_answers, outcome, prepare, tune, unlearn
 from temper.ops.unlearning import curve_figures, train_settings
 from temper.systems.causal_lm import CausalLM
 
@@ -30,8 +30,8 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
         return learn(system, data, config, run)
     rows = prepare(system, data, config, run)
     with tuning(system, tune(config, run), run) as tuned:
-        _, looks = unlearn(tuned, rows, config, run)
-        _write_figures(run, curve_figures(looks, config.loss))
+        log, looks = unlearn(tuned, rows, config, run)
+        _write_figures(run, curve_figures(looks, config.loss) | _ending(outcome(log, config), config))
         return tuned.finish(SLUG)
 
 
@@ -60,6 +60,15 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
         yield from rows
     else:
         yield from metrics.measure(system, data, config, run)
+
+
+def _ending(said: str, config: Config) -> dict[str, Any]:
+    """The report's table of what to know of how training ended, if anything."""
+    if not said:
+        return {}
+    return {
+        "tables": {"How unlearning ended": {"columns": ["loss", "ending"], "rows": [[config.loss, said]]}}
+    }
 
 
 def _write_figures(run: Run, figures: dict[str, Any]) -> None:

@@ -385,8 +385,27 @@ def test_departure_9_gradient_ascent_is_stopped_and_named(
     assert log.stopped_early
     assert log.num_steps < 40
     assert log.terms["forget_nll"][-1] > 8.0 >= log.terms["forget_nll"][-2]
-    assert f"stopped at step {log.num_steps}" in caplog.text
+    assert f"stopped as diverged at step {log.num_steps}:" in caplog.text
     assert "max_forget_nll=8" in caplog.text
+
+
+def test_departure_9_the_report_names_what_diverged(tmp_path: Path) -> None:
+    """Beside the curves of the fit, for a run's report holds more than its terminal did."""
+    from temper.report.page import render_report
+    from temper.run.execute import run_recipe
+
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "system: tiny:llama\ndata: builtin:people\nlimit: 4\nsteps:\n"
+        "  - {id: forget, fit: npo, settings: {loss: ga, mode: full, lr: 0.01, min_steps: 0, watch_every: 0}}\n"
+        "arms:\n  broken: {forget: {settings: {num_epochs: 40, max_forget_nll: 8.0}}}\n"
+        "  whole: {forget: {settings: {max_forget_nll: 0, num_epochs: 4}}}\n"
+    )
+    result = run_recipe(str(path), out=str(tmp_path / "runs"))
+    page = render_report(result.folder.path)
+    assert "How unlearning ended (broken · seed 0, forget)" in page
+    assert "How unlearning ended (whole" not in page
+    assert "nats a token, more than max_forget_nll=8" in page
 
 
 def test_departure_10_idk_and_retain_are_two_means(system: Any) -> None:

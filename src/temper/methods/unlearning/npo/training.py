@@ -28,9 +28,9 @@ __all__ = [
     "check_reference",
     "encode_answers",
     "idk_rows",
+    "outcome",
     "pairs",
     "prepare",
-    "report_outcome",
     "tune",
     "unlearn",
     "watching",
@@ -144,7 +144,8 @@ def unlearn(tuned: Tuning, rows: Rows, config: Config, run: Run) -> tuple[TrainL
         callback=watch.look if config.watch_every else None,
         stop_when=watching(config),
     )
-    report_outcome(log, config)
+    if said := outcome(log, config):
+        logger.warning("%s", said)
     return log, [*looks, *log.curve]
 
 
@@ -174,23 +175,20 @@ def check_reference(log: TrainLog) -> None:
         )
 
 
-def report_outcome(log: TrainLog, config: Config) -> None:
-    """Say when training was stopped as diverged, or when the forget answers hardly moved."""
+def outcome(log: TrainLog, config: Config) -> str:
+    """What a user should know of how training ended: stopped as diverged, or hardly moved; "" for neither."""
     watched = log.terms.get("forget_nll")
     if not watched:
-        return
+        return ""
     if log.stopped_early:
-        logger.warning(
-            "stopped at step %d: the forget answers cost %.1f nats a token, more than max_forget_nll=%g. %s",
-            log.num_steps,
-            watched[-1],
-            config.max_forget_nll,
-            "Gradient ascent has no floor: lower lr or num_epochs, or use npo.",
+        return (
+            f"stopped as diverged at step {log.num_steps}: the forget answers cost {watched[-1]:.1f} nats a token, "
+            f"more than max_forget_nll={config.max_forget_nll:g}. "
+            "Gradient ascent has no floor: lower lr or num_epochs, or use npo."
         )
-    elif watched[-1] - watched[0] < 0.1:
-        logger.warning(
-            "the forget answers hardly moved in %d steps (%.2f to %.2f nats a token): raise lr, num_epochs or min_steps",
-            log.num_steps,
-            watched[0],
-            watched[-1],
+    if watched[-1] - watched[0] < 0.1:
+        return (
+            f"the forget answers hardly moved in {log.num_steps} steps ({watched[0]:.2f} to {watched[-1]:.2f} nats a "
+            "token): raise lr, num_epochs or min_steps"
         )
+    return ""
