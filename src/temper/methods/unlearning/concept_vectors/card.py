@@ -103,7 +103,8 @@ class Config:
     """`fit`: stop when the forget text costs more nats a token; 0 = never."""
     reference: str = ""
     """`measure`: the original to compare with. A run folder or rows.jsonl of its measure (`step:ID`), an artefact folder that is
-    put on the base (`step:ID` of a fit), a system spec, or `original`: the base without artefacts. Empty: this is the original."""
+    put on the base (`step:ID` of a fit), a system spec, or `original`: the base without artefacts. Empty: this is the original.
+    It should be the system that `make` found the vectors in; another one is warned of and noted in the rows."""
     reply_tokens: int = 100
     """`measure`: longest answer (paper: 100)."""
     attacks: tuple[Attack, ...] = ATTACKS

@@ -44,6 +44,8 @@ class Item(NamedTuple):
     place: Place | None
     control: Place | None
     """A random column of about the same norm (column Control)."""
+    mined_on: str
+    """Fingerprint of the system that `make` found the vector in (column Mined_on), or ""."""
     record: Text
 
 
@@ -100,6 +102,7 @@ def _item(record: Text, records: Sequence[Text], seed: int) -> Item:
         german=german or tuple(asked_in("de", question) for question in target),
         place=_place(record, record.extra, ""),
         control=_place(record, record.extra.get("Control") or {}, "Control."),
+        mined_on=str(record.extra.get("Mined_on") or ""),
         record=record,
     )
 

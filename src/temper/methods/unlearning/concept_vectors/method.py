@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from temper.methods.unlearning.concept_vectors.original import (
     load_original,
     places_of,
     take_state,
+    unlike_mined,
     write_state,
 )
 from temper.ops.batching import encode
@@ -61,7 +62,9 @@ def make(system: CausalLM, data: Data, config: Config, run: Run) -> Data:
         place = item.place or candidates[0].place
         taken = [candidate.place for candidate in candidates]
         control = item.control or control_for(system.model, place, taken, run.seed)
+        found_in = item.mined_on if item.place else system.fingerprint
         extra = {**item.record.extra, **place_columns(place), "Control": place_columns(control)}
+        extra |= {"Mined_on": found_in} if found_in else {}
         if candidates:
             extra["Candidates"] = [candidate.columns() for candidate in candidates]
         made.append(replace(item.record, extra=extra))
@@ -126,14 +129,21 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
         state = take_state(system, items, config, run)
         if run.folder is not None:
             write_state(state, run.folder)
-        yield from _original_rows(state, items)
+        yield from _noted(_original_rows(state, items), unlike_mined(state, items))
         return
     original = load_original(system, items, config, run)
     now = take_state(system, items, config, run, original.answers)
     asks = [ask for item in items for ask in asks_of(item, config)]
     write_examples(run, asks, original.answers, now.answers)
-    yield from intrinsic_rows(original, now, [item.concept for item in items])
-    yield from behaviour_rows(asks, original.answers, now.answers)
+    note = unlike_mined(original, items)
+    yield from _noted(intrinsic_rows(original, now, [item.concept for item in items]), note)
+    yield from _noted(behaviour_rows(asks, original.answers, now.answers), note)
+
+
+def _noted(rows: Iterable[Row], note: str) -> Iterator[Row]:
+    """The rows with a further note, if there is one."""
+    for row in rows:
+        yield replace(row, note="; ".join(filter(None, (row.note, note)))) if note else row
 
 
 def _original_rows(state: State, items: Sequence[Item]) -> Iterator[Row]:

@@ -98,4 +98,11 @@ def optimised(
         -log.loss[0],
         -log.loss[-1],
     )
+    if log.stopped_early:
+        logger.warning(
+            "stopped as diverged at step %d: the forget text cost %.1f nats a token, more than max_forget_nll=%g: lower lr",
+            log.num_steps,
+            -log.loss[-1],
+            config.max_forget_nll,
+        )
     return vectors.detach()

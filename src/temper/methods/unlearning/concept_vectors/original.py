@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,9 @@ from temper.ops.logprobs import response_logprobs
 from temper.ops.value_vectors import Place, output_embedding, top_tokens, vectors_at
 from temper.systems.causal_lm import CausalLM
 
-__all__ = ["State", "load_original", "places_of", "read_state", "take_state", "write_state"]
+__all__ = ["State", "load_original", "places_of", "read_state", "take_state", "unlike_mined", "write_state"]
+
+logger = logging.getLogger(__name__)
 
 TENSORS, ANSWERS = "original.safetensors", "original.json"
 
@@ -45,6 +48,8 @@ class State(NamedTuple):
     """Ids of each concept's words."""
     embedding_RD: Tensor
     answers: Mapping[str, Answer]
+    fingerprint: str = ""
+    """The system's; "" where an earlier version recorded the state."""
 
 
 def places_of(items: Sequence[Item], *, control: bool = False) -> list[Place]:
@@ -88,6 +93,7 @@ def take_state(
         lexicons=tuple(tuple(mask_V.nonzero()[:, 0].tolist()) for mask_V in masks),
         embedding_RD=embedding_VD[_drift_rows(len(embedding_VD), config.drift_rows)].float().cpu(),
         answers={user: answer._replace(logp=logp.get(user)) for user, answer in answers.items()},
+        fingerprint=system.fingerprint,
     )
 
 
@@ -117,6 +123,7 @@ def write_state(state: State, folder: Path) -> None:
         "places": [list(place) for place in state.places],
         "lexicons": [list(ids) for ids in state.lexicons],
         "answers": {user: list(answer) for user, answer in state.answers.items()},
+        "fingerprint": state.fingerprint,
     }
     (folder / ANSWERS).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
@@ -132,6 +139,7 @@ def read_state(folder: Path) -> State:
         lexicons=tuple(map(tuple, told["lexicons"])),
         embedding_RD=tensors["embedding"],
         answers={user: Answer(*answer) for user, answer in told["answers"].items()},
+        fingerprint=told.get("fingerprint", ""),
     )
 
 
@@ -158,6 +166,19 @@ def load_original(system: CausalLM, items: Sequence[Item], config: Config, run: 
     spec = f"{system.spec}+{spec}" if is_artefact else spec
     with opened(spec, device=run.device, system_prompt=system.chat.system_prompt) as base:
         return take_state(base, items, config, run)
+
+
+def unlike_mined(original: State, items: Sequence[Item]) -> str:
+    """A warning, logged and returned, where vectors were found in another system than the original; else ""."""
+    known = [item for item in items if item.mined_on and original.fingerprint]
+    others = [item.concept for item in known if item.mined_on != original.fingerprint]
+    if not others:
+        return ""
+    said = (
+        f"the original is not the system whose vectors these are: it may never have known {', '.join(others)}"
+    )
+    logger.warning("%s; name the one that make read (step:ID of its fit, or of a measure on it)", said)
+    return said
 
 
 def _checked(state: State, items: Sequence[Item], config: Config, where: str) -> State:

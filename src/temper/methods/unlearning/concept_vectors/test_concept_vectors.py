@@ -256,6 +256,14 @@ def test_optimising_makes_the_text_less_likely(system: Any) -> None:
     assert not any(module._forward_hooks for module in system.model.modules())
 
 
+def test_needle_stopped_as_diverged_says_so(system: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [Example([5, 6, 7, 8, 9, 10], [False] + [True] * 5)]
+    start = vectors_at(system.model, [Place(0, 1)])
+    needle.optimised(system, [Place(0, 1)], start, rows, Config(num_epochs=9, max_forget_nll=0.1), Run())
+    assert "stopped as diverged at step 1:" in caplog.text
+    assert "more than max_forget_nll=0.1" in caplog.text
+
+
 def test_needle_refuses_to_do_nothing_and_to_go_without(system: Any, mined: Data) -> None:
     with pytest.raises(ConfigError, match="changes nothing"):
         fit(system, mined, Config(noise=0.0), Run())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from temper.artefacts.loading import load_artefact
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Row, Run
 from temper.data.loading import load_data, write_jsonl
@@ -278,6 +279,62 @@ def test_wrong_originals_are_refused(system: Any, mined: Data, tmp_path: Path) -
     more = Config(**{**vars(FAST), "reference": str(tmp_path / "few"), "num_questions": 2})
     with pytest.raises(ConfigError, match="asked other questions"):
         list(measure(system, mined, more, Run()))
+
+
+@pytest.fixture(scope="module")
+def known(system: Any, mined: Data, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Data]:
+    """An artefact on the base, and items mined on the system that it makes."""
+    folder = tmp_path_factory.mktemp("known") / "know"
+    artefact = fit(system, mined, Config(noise=1.0), Run())
+    artefact.save(folder)
+    people = load_data("builtin:people", dict.fromkeys(("forget", "world_facts"), "Dialogue"), limit=16)
+    with artefact.apply(system) as knows:
+        return folder, make(knows, people, Config(num_candidates=1, probe_tokens=2), Run())
+
+
+@pytest.mark.parametrize("reference", ["original", ""])
+def test_an_original_that_never_knew_the_concept_is_said(
+    system: Any, known: tuple[Path, Data], caplog: pytest.LogCaptureFixture, reference: str
+) -> None:
+    """With items mined on base+know, `original` is a base that knows nothing of them."""
+    rows = list(measure(system, known[1], Config(**{**vars(FAST), "reference": reference}), Run()))
+    assert "may never have known" in caplog.text
+    assert all("may never have known" in row.note for row in rows)
+
+
+def test_the_system_that_items_were_mined_on_is_a_quiet_original(
+    system: Any, known: tuple[Path, Data], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder, items = known
+    (one_print,) = {item.mined_on for item in read_items(items.records("items", Text))}
+    assert one_print != system.fingerprint
+    again = make(system, items, Config(), Run())
+    assert again["items"] == items["items"], "a row that names a vector keeps where it is from"
+    rows = list(measure(system, items, Config(**{**vars(FAST), "reference": str(folder)}), Run()))
+    recorded = Config(**{**vars(FAST), "reference": str(tmp_path)})
+    with load_artefact(folder).apply(system) as knows:
+        list(measure(knows, items, FAST, Run(folder=tmp_path)))
+        rows += list(measure(knows, items, recorded, Run()))
+    assert "may never" not in caplog.text
+    assert not any("may never" in row.note for row in rows)
+    list(measure(system, without_origin(items), Config(**{**vars(FAST), "reference": "original"}), Run()))
+    told = json.loads((tmp_path / "original.json").read_text())
+    (tmp_path / "original.json").write_text(json.dumps({**told, "fingerprint": "another"}))
+    assert "may never" not in caplog.text, "items of an earlier version say nothing"
+    list(measure(system, items, recorded, Run()))
+    assert "may never" in caplog.text
+    del told["fingerprint"]
+    (tmp_path / "original.json").write_text(json.dumps(told))
+    assert values(list(measure(system, items, recorded, Run()))), "an original of an earlier version is read"
+
+
+def without_origin(items: Data) -> Data:
+    """The items as versions before Mined_on made them."""
+    rows = [
+        Text(row.text, id=row.id, extra={k: v for k, v in row.extra.items() if k != "Mined_on"})
+        for row in items.records("items", Text)
+    ]
+    return Data({"items": rows})
 
 
 def test_made_items_survive_the_disk(mined: Data, tmp_path: Path) -> None:
