@@ -101,7 +101,7 @@ def _item(record: Text, records: Sequence[Text], seed: int) -> Item:
         beginnings=_beginnings(record),
         german=german or tuple(asked_in("de", question) for question in target),
         place=_place(record, record.extra, ""),
-        control=_place(record, record.extra.get("Control") or {}, "Control."),
+        control=_control(record),
         mined_on=str(record.extra.get("Mined_on") or ""),
         record=record,
     )
@@ -128,7 +128,7 @@ def _others(record: Text, records: Sequence[Text], seed: int) -> list[str]:
     drawn = random.Random(f"{seed}/{record.extra.get('Concept')}").sample(
         others, min(NUM_OTHERS, len(others))
     )
-    return [question for other in drawn for question in other.extra.get("QA") or []]
+    return [question for other in drawn for question in _texts(other, other.extra.get("QA"), "QA", 1)]
 
 
 def _beginnings(record: Text) -> tuple[str, ...]:
@@ -136,6 +136,13 @@ def _beginnings(record: Text) -> tuple[str, ...]:
     if not isinstance(pairs, list | tuple) or not all(isinstance(pair, dict) for pair in pairs):
         raise _wrong(record, "text_completion", "a list of {First_half, Second_half}")
     return _texts(record, [pair.get("First_half") for pair in pairs], "text_completion", 0)
+
+
+def _control(record: Text) -> Place | None:
+    columns = record.extra.get("Control")
+    if columns is not None and not isinstance(columns, dict):
+        raise _wrong(record, "Control", '{"Layer": ..., "Dim": ...}')
+    return _place(record, columns or {}, "Control.")
 
 
 def _place(record: Text, columns: Any, prefix: str) -> Place | None:

@@ -109,11 +109,20 @@ def test_without_unrelated_questions_those_of_five_others_serve(tmp_path: Path) 
         ({"Probes": ["Where?"]}, "Probes is not"),
         ({"Probes": {"QA": ["Where?"]}}, "Probes.unrelated_QA is not"),
         ({"Control": {"Layer": 1}}, "Control.Dim is not"),
+        ({"Control": [1, 2]}, "Control is not {"),
+        ({"Control": 7}, "Control is not {"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         items_of(tmp_path, row(**changes))
+
+
+@pytest.mark.parametrize("wrong", [3, None, [3], "Where?"])
+def test_bad_questions_of_another_row_are_named(tmp_path: Path, wrong: Any) -> None:
+    rows = (row("Velmora", unrelated_QA=None), row("Ostrel", QA=wrong))
+    with pytest.raises(DataError, match="QA is not a list of at least one text"):
+        items_of(tmp_path, *rows, concepts=("Velmora",))
 
 
 def test_concepts_are_chosen_by_name(tmp_path: Path) -> None:
