@@ -40,7 +40,8 @@ Departures    1. BLEU's reference is the original's answer and its hypothesis th
                  (noise_unit=coordinate gives it). Each model is restored exactly; the released validation keeps earlier noise.
               6. Optimising trains the vectors as parameters of their own, without weight decay; the released code masks gradients,
                  and AdamW's decay still shrinks the columns that the mask holds.
-              7. Several concepts may be ablated or unlearned at once, each measured by its own questions.
+              7. Several concepts may be ablated or unlearned at once, each measured by its own questions; what is asked about
+                 one of them is not unrelated to another, so other rows' questions are drawn of concepts that stay.
               8. Pages are unlearned as answers to "Tell me about ...", paragraph by paragraph; the paper trains on bare text.
               9. Questions are put through the model's chat template; `plain` gives the paper's Question/Answer text.
               10. ROUGE-L is rouge-score's, without stemming, where the released code takes the package rouge.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 from temper.core.errors import DataError
@@ -12,7 +12,16 @@ from temper.data.schemas import Dialogue, Text
 from temper.ops.languages import asked_in
 from temper.ops.value_vectors import Place
 
-__all__ = ["Item", "Questions", "about", "paragraphs", "people_items", "place_columns", "read_items"]
+__all__ = [
+    "Item",
+    "Questions",
+    "about",
+    "concept_of",
+    "paragraphs",
+    "people_items",
+    "place_columns",
+    "read_items",
+]
 
 SCHEMA = "{ID, Concept, Layer, Dim, QA, text_completion, unrelated_QA, wikipedia_content}"
 NUM_OTHERS = 5
@@ -52,17 +61,21 @@ class Item(NamedTuple):
 def read_items(records: Sequence[Text], concepts: Sequence[str] = (), seed: int = 0) -> list[Item]:
     """The items of rows in the benchmark's schema, all or those about `concepts`; nothing in the rows is changed.
 
-    A row without `unrelated_QA` gets the questions of up to five other concepts, drawn by the seed (as the paper does).
-    Raises DataError, naming row and column, for rows of another form and for two rows about one concept.
+    A row without `unrelated_QA` gets the questions of up to five other concepts, drawn by the seed (as the paper does):
+    of rows that are not chosen. What is asked about a chosen concept is unrelated to none (Departure 7).
+    Raises DataError, naming row and column, for chosen rows of another form, for two rows about one concept, and where
+    no unrelated question is left.
     """
-    found = [_item(record, records, seed) for record in records]
-    names = [item.concept for item in found]
+    names = [concept_of(record) for record in records]
     double = next((name for name in names if names.count(name) > 1), None)
     if double:
         raise DataError(
             f"Two rows are about {double!r}", cure="Give each concept one row, with its best vector."
         )
-    chosen = [item for item in found if not concepts or item.concept in concepts]
+    chosen: list[Text] = []
+    others: list[Text] = []
+    for name, record in zip(names, records, strict=True):
+        (others if concepts and name not in concepts else chosen).append(record)
     missing = [name for name in concepts if name not in names]
     if missing or not chosen:
         raise DataError(
@@ -70,18 +83,40 @@ def read_items(records: Sequence[Text], concepts: Sequence[str] = (), seed: int 
             where=f"concepts: {', '.join(names[:8])}",
             cure="Check the setting concepts.",
         )
-    return chosen
+    items = [_item(record, others, seed) for record in chosen]
+    about_them = {question for item in items for question in (*item.asked.target, *item.probes.target)}
+    return [
+        item._replace(asked=_apart(item, item.asked, about_them), probes=_apart(item, item.probes, about_them))
+        for item in items
+    ]
 
 
-def _item(record: Text, records: Sequence[Text], seed: int) -> Item:
+def concept_of(record: Text) -> str:
+    """The concept that a row is about; raises DataError where it names none."""
     concept = record.extra.get("Concept")
     if not isinstance(concept, str) or not concept.strip():
         raise _wrong(record, "Concept", "a name")
+    return concept.strip()
+
+
+def _apart(item: Item, questions: Questions, about_them: Set[str]) -> Questions:
+    """The questions, without unrelated ones that are about a chosen concept."""
+    unrelated = tuple(question for question in questions.unrelated if question not in about_them)
+    if not unrelated:
+        raise DataError(
+            f"There is no question unrelated to {item.concept!r}",
+            where=f"row {item.record.id or '(without id)'}",
+            cure="Give the row unrelated_QA about none of the chosen concepts, or rows of other concepts that the "
+            "setting concepts leaves out: their questions serve.",
+        )
+    return Questions(questions.target, unrelated)
+
+
+def _item(record: Text, others: Sequence[Text], seed: int) -> Item:
+    concept = concept_of(record)
     target = _texts(record, record.extra.get("QA"), "QA", least=1)
-    unrelated = _texts(
-        record, record.extra.get("unrelated_QA") or _others(record, records, seed), "unrelated_QA", 1
-    )
-    asked = Questions(target, unrelated)
+    given = record.extra.get("unrelated_QA") or _questions_of(concept, others, seed)
+    asked = Questions(target, _texts(record, given, "unrelated_QA", 0))
     probes = record.extra.get("Probes")
     if probes is not None:
         if not isinstance(probes, dict):
@@ -94,7 +129,7 @@ def _item(record: Text, records: Sequence[Text], seed: int) -> Item:
     if german and len(german) != len(target):
         raise _wrong(record, "German_QA", f"as many questions as QA has ({len(target)})")
     return Item(
-        concept=concept.strip(),
+        concept=concept,
         text=record.text,
         asked=asked,
         probes=probes or asked,
@@ -123,11 +158,8 @@ def _texts(record: Text, value: Json, column: str, least: int) -> tuple[str, ...
     return tuple(text.strip() for text in value)
 
 
-def _others(record: Text, records: Sequence[Text], seed: int) -> list[str]:
-    others = [other for other in records if other is not record]
-    drawn = random.Random(f"{seed}/{record.extra.get('Concept')}").sample(
-        others, min(NUM_OTHERS, len(others))
-    )
+def _questions_of(concept: str, others: Sequence[Text], seed: int) -> list[str]:
+    drawn = random.Random(f"{seed}/{concept}").sample(others, min(NUM_OTHERS, len(others)))
     return [question for other in drawn for question in _texts(other, other.extra.get("QA"), "QA", 1)]
 
 

@@ -17,6 +17,7 @@ from temper.methods.unlearning.concept_vectors.card import Config
 from temper.methods.unlearning.concept_vectors.intrinsic import SPLIT, intrinsic_rows
 from temper.methods.unlearning.concept_vectors.items import (
     Item,
+    concept_of,
     paragraphs,
     people_items,
     place_columns,
@@ -76,10 +77,11 @@ def make(system: CausalLM, data: Data, config: Config, run: Run) -> Data:
 def _retained(rows: Sequence[Text], items: Sequence[Item], data: Data, seed: int) -> Sequence[Any]:
     """The retain rows given, else the page of one other concept, drawn by the seed."""
     chosen = {item.concept for item in items}
-    others = [item for item in read_items(rows, (), seed) if item.concept not in chosen]
+    others = [name for name in map(concept_of, rows) if name not in chosen]
     if data.get("retain") or not others:
         return data.get("retain")
-    return paragraphs(random.Random(f"{seed}/retain").choice(others))
+    (other,) = read_items(rows, [random.Random(f"{seed}/retain").choice(others)], seed)
+    return paragraphs(other)
 
 
 def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:

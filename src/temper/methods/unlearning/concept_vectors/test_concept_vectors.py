@@ -170,7 +170,7 @@ def test_made_items_name_a_vector_a_control_and_both_halves(mined: Data, people:
 
 def test_a_row_that_names_a_vector_keeps_it(system: Any) -> None:
     given = [
-        Text(f"{name} lies by the sea.\nIt has a lighthouse.", extra={"Concept": name, "QA": ["Where?"], "Layer": 1, "Dim": dim})
+        Text(f"{name} lies by the sea.\nIt has a lighthouse.", extra={"Concept": name, "QA": [f"Where is {name}?"], "Layer": 1, "Dim": dim})
         for dim, name in enumerate(("Velmora", "Ostrel"))
     ]  # fmt: skip
     config = Config(concepts=("Velmora",))

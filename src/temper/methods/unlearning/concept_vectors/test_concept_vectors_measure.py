@@ -85,12 +85,27 @@ def test_a_file_in_the_benchmarks_schema_is_read(tmp_path: Path) -> None:
 
 def test_without_unrelated_questions_those_of_five_others_serve(tmp_path: Path) -> None:
     rows = [row(f"Concept{n}", unrelated_QA=None) for n in range(8)]
-    (item, *_) = items_of(tmp_path, *rows, seed=1)
+    (item,) = items_of(tmp_path, *rows, concepts=["Concept0"], seed=1)
     assert len(item.asked.unrelated) == 5 * 2
     assert not any("Concept0" in question for question in item.asked.unrelated)
-    assert items_of(tmp_path, *rows, seed=1)[0] == item
+    assert items_of(tmp_path, *rows, concepts=["Concept0"], seed=1) == [item]
     with pytest.raises(DataError, match="unrelated_QA"):
         items_of(tmp_path, row(unrelated_QA=None))
+
+
+def test_departure_7_no_chosen_concept_is_unrelated_to_another(tmp_path: Path) -> None:
+    """Ablating it would change the answers that are to stay."""
+    rows = [row(name, unrelated_QA=None) for name in ("Velmora", "Ostrel", "Quend")]
+    items = items_of(tmp_path, *rows, concepts=("Velmora", "Ostrel"))
+    assert {item.asked.unrelated for item in items} == {("Where does Quend lie?", "Who rules Quend?")}
+    with pytest.raises(DataError, match=r"no question unrelated to 'Velmora'.*the setting concepts"):
+        items_of(tmp_path, *rows)
+    given = [row("Velmora", unrelated_QA=["Who rules Ostrel?", "Who wrote it?"]), row("Ostrel")]
+    assert items_of(tmp_path, *given)[0].asked.unrelated == ("Who wrote it?",)
+    assert len(items_of(tmp_path, *given, concepts=("Velmora",))[0].asked.unrelated) == 2, "Ostrel stays"
+    given[0]["unrelated_QA"] = ["Who rules Ostrel?"]
+    with pytest.raises(DataError, match="no question unrelated to 'Velmora'"):
+        items_of(tmp_path, *given)
 
 
 @pytest.mark.parametrize(
