@@ -65,6 +65,8 @@ def make(system: CausalLM, data: Data, config: Config, run: Run) -> Data:
         control = item.control or control_for(system.model, place, taken, run.seed)
         found_in = item.mined_on if item.place else system.fingerprint
         extra = {**item.record.extra, **place_columns(place), "Control": place_columns(control)}
+        # Drawn of rows that are left out here.
+        extra["unrelated_QA"] = list(item.asked.unrelated)
         extra |= {"Mined_on": found_in} if found_in else {}
         if candidates:
             extra["Candidates"] = [candidate.columns() for candidate in candidates]

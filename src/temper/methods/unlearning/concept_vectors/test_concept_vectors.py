@@ -175,9 +175,11 @@ def test_a_row_that_names_a_vector_keeps_it(system: Any) -> None:
     ]  # fmt: skip
     config = Config(concepts=("Velmora",))
     made = make(system, Data({"items": given}), config, Run())
-    (item,) = read_items(made.records("items", Text), (), 0) if len(made["items"]) > 1 else made["items"]
-    assert (item.extra["Layer"], item.extra["Dim"]) == (1, 0)  # type: ignore[union-attr]
-    assert "Candidates" not in item.extra  # type: ignore[union-attr]
+    (item,) = read_items(made.records("items", Text))
+    assert item.place == (1, 0)
+    assert "Candidates" not in item.record.extra
+    assert item.asked.unrelated == ("Where is Ostrel?",), "drawn of a row that is not there any more"
+    assert fit(system, made, Config(noise=1.0), Run()).base == system.fingerprint
     assert [row.reply for row in made["retain"]] == ["Ostrel lies by the sea.", "It has a lighthouse."]  # type: ignore[attr-defined]
 
 
