@@ -57,12 +57,14 @@ def make(system: CausalLM, data: Data, config: Config, run: Run) -> Data:
     mined = dict(
         zip((i.concept for i in lacking), mine(system, lacking, config, run) if lacking else [], strict=True)
     )
+    places = [item.place or mined[item.concept][0].place for item in items]
+    used = {*places, *(item.control for item in items if item.control)}
     made = []
-    for item in items:
+    for item, place in zip(items, places, strict=True):
         candidates = mined.get(item.concept, [])
-        place = item.place or candidates[0].place
-        taken = [candidate.place for candidate in candidates]
+        taken = [*used, *(candidate.place for candidate in candidates)]
         control = item.control or control_for(system.model, place, taken, run.seed)
+        used.add(control)
         found_in = item.mined_on if item.place else system.fingerprint
         extra = {**item.record.extra, **place_columns(place), "Control": place_columns(control)}
         # Drawn of rows that are left out here.

@@ -183,6 +183,22 @@ def test_a_row_that_names_a_vector_keeps_it(system: Any) -> None:
     assert [row.reply for row in made["retain"]] == ["Ostrel lies by the sea.", "It has a lighthouse."]  # type: ignore[attr-defined]
 
 
+def test_a_control_is_no_other_items_vector_or_control(system: Any) -> None:
+    """Concepts whose vectors are the 20 columns nearest in norm to one, two that share one, and a control that is given."""
+    norms = down_projection(system.model, 0).columns().norm(dim=0)
+    *dims, free = (norms - norms[5]).abs().argsort()[:21].tolist()
+    extras: list[dict[str, Any]] = [
+        {"Concept": f"C{n}", "QA": [f"Q{n}?"], "unrelated_QA": ["U?"], "Layer": 0, "Dim": dim}
+        for n, dim in enumerate([*dims, dims[0]])
+    ]
+    extras[-1]["Control"] = {"Layer": 0, "Dim": free}
+    given = [Text("A page.", extra=extra) for extra in extras]
+    items = read_items(make(system, Data({"items": given}), Config(), Run()).records("items", Text))
+    controls = [item.control for item in items]
+    assert len(set(controls)) == 21
+    assert not set(controls) & {item.place for item in items}
+
+
 def test_departure_8_pages_become_answers(mined: Data) -> None:
     (item, *_) = read_items(mined.records("items", Text))
     rows = paragraphs(item)
