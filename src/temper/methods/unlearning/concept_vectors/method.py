@@ -101,20 +101,26 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
         share = float((new_D - old_D).norm() / old_D.norm())
         logger.info("layer %d, column %d: noise of %.2f vector norms", place.layer, place.dim, share)
     if config.num_epochs:
-        rows = [encode(system, row, train_on="last", max_tokens=config.max_tokens) for row in _forget(data)]
+        told = _forget(data, config.concepts)
+        rows = [encode(system, row, train_on="last", max_tokens=config.max_tokens) for row in told]
         new_PD = optimised(system, places, new_PD, rows, config, run)
     if bool((new_PD == start_PD).all()):
         raise ConfigError("Needle changes nothing: noise and num_epochs are 0", cure="Raise one of them.")
     return Weights(system.fingerprint, SLUG, _changed(system, places, new_PD))
 
 
-def _forget(data: Data) -> tuple[Dialogue, ...]:
-    rows = data.records("forget", Dialogue)
+def _forget(data: Data, concepts: Sequence[str]) -> list[Dialogue]:
+    """The rows of the part forget that are about these concepts, or say nothing of their subject; all for no concepts."""
+    rows = [
+        row
+        for row in data.records("forget", Dialogue)
+        if not concepts or row.extra.get("subject") in (None, *concepts)
+    ]
     if not rows:
         raise DataError(
             "There is no text to forget",
             where=data.source,
-            cure="Give the part forget (make concept-vectors makes it), or set num_epochs=0.",
+            cure="Give the part forget (make concept-vectors makes it) with rows about the concepts, or set num_epochs=0.",
         )
     return rows
 

@@ -12,7 +12,7 @@ from temper.core.errors import ConfigError, DataError
 from temper.core.types import Message, Run
 from temper.data.loading import load_data
 from temper.data.schemas import Data, Dialogue, Text
-from temper.methods.unlearning.concept_vectors import intrinsic, mining, needle
+from temper.methods.unlearning.concept_vectors import intrinsic, method, mining, needle
 from temper.methods.unlearning.concept_vectors.card import Config
 from temper.methods.unlearning.concept_vectors.items import paragraphs, read_items
 from temper.methods.unlearning.concept_vectors.method import fit, make
@@ -280,6 +280,30 @@ def test_needle_stopped_as_diverged_says_so(system: Any, caplog: pytest.LogCaptu
     needle.optimised(system, [Place(0, 1)], start, rows, Config(num_epochs=9, max_forget_nll=0.1), Run())
     assert "stopped as diverged at step 1:" in caplog.text
     assert "more than max_forget_nll=0.1" in caplog.text
+
+
+def test_needle_forgets_the_chosen_concepts_alone(
+    system: Any, mined: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count(system: Any, places: Any, start_PD: Any, rows: Any, config: Any, run: Any) -> Any:
+        seen.append(len(rows))
+        return start_PD
+
+    monkeypatch.setattr(method, "optimised", count)
+    names = [item.concept for item in read_items(mined.records("items", Text))]
+    assert len(names) == 2
+    free = Dialogue((Message("user", "Hm?"), Message("assistant", "Hm.")))
+    forget = (*mined.records("forget", Dialogue), free)
+    data = mined.with_part("forget", forget)
+    for concepts in ((), tuple(names), (names[1],)):
+        fit(system, data, Config(concepts=concepts, num_epochs=1.0), Run())
+    about = [row for row in forget if row.extra.get("subject") == names[1]]
+    assert 0 < len(about) < len(forget) - 1
+    assert seen == [len(forget), len(forget), len(about) + 1], "a row that names no subject counts"
+    with pytest.raises(DataError, match="no text to forget"):
+        fit(system, mined.with_part("forget", about), Config(concepts=(names[0],), num_epochs=1.0), Run())
 
 
 def test_needle_refuses_to_do_nothing_and_to_go_without(system: Any, mined: Data) -> None:
