@@ -14,7 +14,7 @@ from torch import Tensor
 
 from temper.artefacts.opening import opened
 from temper.core.errors import ConfigError, DataError
-from temper.core.types import Run
+from temper.core.types import Json, Run
 from temper.methods.unlearning.concept_vectors.behaviour import (
     SCORED,
     Answer,
@@ -36,6 +36,8 @@ __all__ = ["State", "load_original", "places_of", "read_state", "take_state", "u
 logger = logging.getLogger(__name__)
 
 TENSORS, ANSWERS = "original.safetensors", "original.json"
+SETTINGS = ("top_k", "reply_tokens", "plain", "drift_rows")
+"""Settings that two states must share to be compared."""
 
 
 class State(NamedTuple):
@@ -48,6 +50,8 @@ class State(NamedTuple):
     """Ids of each concept's words."""
     embedding_RD: Tensor
     answers: Mapping[str, Answer]
+    settings: Mapping[str, Json]
+    """Those by which it was taken, and the shape of its output embedding; none where an earlier version recorded it."""
     fingerprint: str = ""
     """The system's; "" where an earlier version recorded the state."""
 
@@ -93,8 +97,15 @@ def take_state(
         lexicons=tuple(tuple(mask_V.nonzero()[:, 0].tolist()) for mask_V in masks),
         embedding_RD=embedding_VD[_drift_rows(len(embedding_VD), config.drift_rows)].float().cpu(),
         answers={user: answer._replace(logp=logp.get(user)) for user, answer in answers.items()},
+        settings=_settings(system, config),
         fingerprint=system.fingerprint,
     )
+
+
+def _settings(system: CausalLM, config: Config) -> dict[str, Json]:
+    """What two states must share to be compared, beside what is asked."""
+    shape = list(output_embedding(system.model).shape)
+    return {**{name: getattr(config, name) for name in SETTINGS}, "output_embedding": shape}
 
 
 def _drift_rows(num_ids: int, most: int) -> Tensor:
@@ -123,6 +134,7 @@ def write_state(state: State, folder: Path) -> None:
         "places": [list(place) for place in state.places],
         "lexicons": [list(ids) for ids in state.lexicons],
         "answers": {user: list(answer) for user, answer in state.answers.items()},
+        "settings": dict(state.settings),
         "fingerprint": state.fingerprint,
     }
     (folder / ANSWERS).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
@@ -139,6 +151,7 @@ def read_state(folder: Path) -> State:
         lexicons=tuple(map(tuple, told["lexicons"])),
         embedding_RD=tensors["embedding"],
         answers={user: Answer(*answer) for user, answer in told["answers"].items()},
+        settings=told.get("settings", {}),
         fingerprint=told.get("fingerprint", ""),
     )
 
@@ -146,14 +159,17 @@ def read_state(folder: Path) -> State:
 def load_original(system: CausalLM, items: Sequence[Item], config: Config, run: Run) -> State:
     """The original that the config names, with all that is asked of it here.
 
-    Raises ConfigError for a folder that holds no original, or one of other items or settings.
+    Raises ConfigError for a folder that holds no original, or one of other items or settings, and for an original of
+    another width or vocabulary.
     """
-    path = Path(config.reference)
+    path, settings = Path(config.reference), _settings(system, config)
     folder = path.parent if path.suffix == ".jsonl" else path
     kept = [folder, *sorted(folder.glob("steps/*"))] if folder.is_dir() else []
     found = next((place for place in kept if (place / ANSWERS).is_file()), None)
     if found is not None:
-        return _checked(read_state(found), items, config, str(found))
+        state = read_state(found)
+        _check_settings(state.settings, settings, str(found))
+        return _checked(state, items, config, str(found))
     is_artefact = (path / "artefact.json").is_file()
     is_file = path.suffix == ".jsonl"
     if (kept or is_file) and not is_artefact and not (path / "config.json").is_file():
@@ -165,6 +181,7 @@ def load_original(system: CausalLM, items: Sequence[Item], config: Config, run: 
     spec = system.spec if config.reference == ORIGINAL else config.reference
     spec = f"{system.spec}+{spec}" if is_artefact else spec
     with opened(spec, device=run.device, system_prompt=system.chat.system_prompt) as base:
+        _check_settings(_settings(base, config), settings, spec)
         return take_state(base, items, config, run)
 
 
@@ -190,3 +207,15 @@ def _checked(state: State, items: Sequence[Item], config: Config, where: str) ->
             cure="Record it with the same data and settings.",
         )
     return state
+
+
+def _check_settings(theirs: Mapping[str, Json], ours: Mapping[str, Json], where: str) -> None:
+    """Raise ConfigError where an original's `_settings` are others than this measure's."""
+    others = [name for name in ours if theirs.get(name) != ours[name]]
+    if others:
+        told = "; ".join(f"{name} {theirs.get(name, 'not recorded')}, here {ours[name]}" for name in others)
+        raise ConfigError(
+            f"The original cannot be compared: {told}",
+            where=where,
+            cure="Name the model that this one was made from, measured again with these settings.",
+        )
