@@ -24,7 +24,7 @@ Maths         h, m          the MLP's input and m = act(W_gate h) * (W_up h), or
                             |top(v) & top(v') & lexicon| / |top(v) & lexicon|; drift |E' - E| / |E|
               Behaviour     BLEU (smoothing 3) and ROUGE-L F1 of the model's answer against the original's: target and jailbreak
                             low = forgotten, unrelated high = kept
-                            selectivity = (1 - likeness of a target answer) - (1 - mean likeness of unrelated answers)
+                            selectivity of a concept = (1 - mean likeness of target answers) - (1 - that of unrelated ones)
               Needle        v' = v + sigma e, e ~ N(0, I); sigma = noise * |v| / sqrt(d), or sigma = noise (the paper's 0.1)
                             then, with num_epochs > 0, gradient ascent on the forget text over v' alone
 

@@ -86,7 +86,9 @@ def read_items(records: Sequence[Text], concepts: Sequence[str] = (), seed: int 
     items = [_item(record, others, seed) for record in chosen]
     about_them = {question for item in items for question in (*item.asked.target, *item.probes.target)}
     return [
-        item._replace(asked=_apart(item, item.asked, about_them), probes=_apart(item, item.probes, about_them))
+        item._replace(
+            asked=_apart(item, item.asked, about_them), probes=_apart(item, item.probes, about_them)
+        )
         for item in items
     ]
 

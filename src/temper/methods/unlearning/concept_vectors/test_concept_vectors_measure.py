@@ -21,7 +21,8 @@ from temper.methods.unlearning.concept_vectors.behaviour import (
     behaviour_rows,
     ids_of,
     jailbreak,
-    selectivity_by_question,
+    selectivity_of,
+    write_examples,
 )
 from temper.methods.unlearning.concept_vectors.card import ATTACKS, Config
 from temper.methods.unlearning.concept_vectors.items import people_items, read_items
@@ -218,7 +219,37 @@ def test_likeness_and_selectivity_by_hand() -> None:
     assert one(rows, "unrelated_drop_nats").value == pytest.approx(0.5)
     assert one(rows, "selectivity_nats").value == pytest.approx(1.25 - 0.5)
     each = {r.item: r.value for r in rows if r.metric == "selectivity" and r.item}
-    assert each["C/target/1"] == pytest.approx(0.75 - 1)
+    assert each == {"C": one(rows, "selectivity").value}, "its questions share one mean of unrelated answers"
+
+
+def test_a_question_under_four_attacks_is_one_item() -> None:
+    """Four answers to one question are no four draws; otherwise intervals are too narrow."""
+    attacked = [ask("jailbreak", n, attack) for n in range(3) for attack in ATTACKS]
+    asks = [ask("target", 0), ask("unrelated", 0), *attacked]
+    before = answers(asks, ("x", 0), ("x", 0), *[("a b", None)] * 12)
+    after = answers(asks, ("x", 0), ("x", 0), *[("a b", None)] * 5, *[("c", None)] * 7)
+    rows = list(behaviour_rows(asks, before, after))
+    each = {r.item: r.value for r in rows if r.metric == "jailbreak_rouge_l" and r.item}
+    assert each == {"C/jailbreak/0": 1, "C/jailbreak/1": 0.25, "C/jailbreak/2": 0}
+    whole = one(rows, "jailbreak_rouge_l")
+    assert (whole.value, whole.n) == (pytest.approx(1.25 / 3), 3)
+    first = one(rows, "jailbreak_rouge_l", ATTACKS[0])
+    assert (first.value, first.n) == (pytest.approx(2 / 3), 3)
+
+
+def test_examples_begin_with_the_first_of_each_kind(tmp_path: Path) -> None:
+    kinds = [
+        ("target", ""),
+        ("completion", ""),
+        ("unrelated", ""),
+        *[("jailbreak", name) for name in ATTACKS],
+    ]
+    asks = [ask(kind, n, attack) for kind, attack in kinds for n in range(17)]
+    told = answers(asks, *[("x", None)] * len(asks))
+    write_examples(Run(folder=tmp_path), asks, told, told)
+    shown = [json.loads(line)["id"] for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert len(shown) == 60, "of 119"
+    assert shown[:7] == [f"C/{attack or kind}/0" for kind, attack in kinds]
 
 
 def test_departure_1_the_original_is_the_reference_of_bleu() -> None:
@@ -242,8 +273,7 @@ def test_departure_10_no_stemming() -> None:
 def test_departure_7_concepts_have_their_own_unrelated_questions() -> None:
     asks = [ask(kind, 0, concept=c) for c in "AB" for kind in ("target", "unrelated")]
     alike = dict(zip((a.id for a in asks), (0.2, 0.9, 0.4, 0.5), strict=True))
-    found = selectivity_by_question(asks, alike)
-    assert found == {"A/target/0": pytest.approx(0.7), "B/target/0": pytest.approx(0.1)}
+    assert selectivity_of(asks, alike) == {"A": pytest.approx(0.7), "B": pytest.approx(0.1)}
 
 
 # ---- the original
