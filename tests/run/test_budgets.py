@@ -134,6 +134,19 @@ def test_an_attack_that_books_nothing_is_stopped_behind_the_attempt_that_went_to
     assert budget.record()["stopped_by"] == "queries"
 
 
+def test_what_a_method_that_books_has_found_is_kept_whole():
+    """One search for all goals: everything is paid when the first attempt comes."""
+    budget = Budget({"queries": 7})
+
+    def attempts():
+        budget.spend(queries=7)
+        for n in range(3):
+            yield Attempt(goal=str(n), attack="a", input="", reply="", success=False, cost={"queries": 7})
+
+    assert len(list(paid_attempts(attempts(), budget))) == 3
+    assert budget.record()["queries"] == 7
+
+
 RECIPE = f"""
 system: tiny:llama
 limit: 3

@@ -17,15 +17,17 @@ NOT_COUNTED = frozenset({"wall_s"})
 def paid_attempts(attempts: Iterable[Attempt], budget: Budget) -> Iterator[Attempt]:
     """The attempts, until the budget is spent; a method that books nothing itself is booked what its attempts cost.
 
-    A method that asks the budget stops in time; one that does not is stopped behind the attempt that went too far.
+    A method that books stops in time, and all that it has is kept; one that does not is stopped behind the attempt that
+    went too far.
     """
-    booked = dict(budget.used)
+    before, books = dict(budget.used), False
     for attempt in attempts:
-        if budget.used == booked:
+        books = books or budget.used != before
+        if not books:
             budget.spend(**{unit: attempt.cost[unit] for unit in UNITS if unit in attempt.cost})
-        booked = dict(budget.used)
+            before = dict(budget.used)
         yield attempt
-        if not budget.is_open():
+        if not books and not budget.is_open():
             return
 
 
