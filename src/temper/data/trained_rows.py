@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from temper.data.schemas import Data, Dialogue
+if TYPE_CHECKING:
+    from temper.data.schemas import Data, Dialogue
 
 __all__ = ["keep_trained", "seen_items"]
 
@@ -27,6 +29,8 @@ def seen_items(data: Data, folders: Iterable[Path]) -> frozenset[str]:
     keys = {key for file in files if file.is_file() for key in json.loads(file.read_text())}
     if not keys:
         return frozenset()
+    from temper.data.schemas import Dialogue  # loads numpy, which help texts need not
+
     records = [record for part in data for record in data[part] if isinstance(record, Dialogue)]
     return frozenset(record.id for record in records if _key(record) in keys)
 
