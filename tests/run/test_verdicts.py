@@ -100,6 +100,9 @@ def test_only_seeds_that_both_arms_have_count():
     rows = items("a", [1.0] * 6) + items("a", [9.0] * 6, seed=1) + items("b", [0.0] * 6)
     found = judge_claim(claim(), rows)
     assert (found.difference, found.seeds) == (1.0, (0,))
+    seen = items("a", [9.0] + [1.0] * 6) + items("a", [None] + [1.0] * 6, seed=1)
+    base = items("b", [8.0] + [0.0] * 6) + items("b", [2.0] + [0.0] * 6, seed=1)
+    assert judge_claim(claim(), seen + base).difference == 1.0, "an item's baseline is of the same seeds"
     means = seeds("a", [1.0, 1.1, 9.0]) + seeds("b", [0.0, 0.0])
     assert judge_claim(claim(), means).difference == pytest.approx(1.05)
 

@@ -7,7 +7,7 @@ An arm is compared with its baseline, paired, over the seeds that both have: ove
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 from temper.core.card import Claim
@@ -62,27 +62,32 @@ def judge_claim(claim: Claim, rows: Iterable[Row]) -> Finding:
             return Finding(
                 claim.id, "not shown", f"no rows of {claim.metric!r} in the baseline {claim.baseline!r}"
             )
-        ours, theirs = _of_common_seeds(ours, theirs)
+        ours, theirs = _in_common(ours, theirs)
     else:
         theirs = None
-    items, their_items = _by_item(ours), None if theirs is None else _by_item(theirs)
-    by_item = _pairs(items, their_items, claim.baseline)
+    by_item = _pairs(_by_item(ours), None if theirs is None else _by_item(theirs), claim.baseline)
     if len(by_item[0]) >= FEWEST_ITEMS:
         return _decide(claim, by_item, "items", ours, theirs)
     doubled = _doubled(ours) or (theirs is not None and _doubled(theirs))
     if doubled:
         return Finding(claim.id, "not shown", f"{claim.metric!r} stands more than once for a seed: {doubled}")
-    both = items.keys() if their_items is None else items.keys() & their_items.keys()
-    by_seed = _pairs(_by_seed(ours, both), None if theirs is None else _by_seed(theirs, both), claim.baseline)
+    by_seed = _pairs(_by_seed(ours), None if theirs is None else _by_seed(theirs), claim.baseline)
     return _decide(claim, by_seed, "seeds", ours, theirs)
 
 
-def _of_common_seeds(ours: list[Row], theirs: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows of the seeds that both arms have, so that no item's mean is over other seeds; all rows where there is none."""
-    common = {_seed(row) for row in ours} & {_seed(row) for row in theirs}
-    if not common:
-        return ours, theirs
-    return [r for r in ours if _seed(r) in common], [r for r in theirs if _seed(r) in common]
+def _in_common(ours: list[Row], theirs: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of the seeds that both arms have, and of these the items that both have a value of: no mean is over others."""
+    seeds = {_seed(row) for row in ours} & {_seed(row) for row in theirs}
+    cells = _cells(ours) & _cells(theirs)
+
+    def counts(row: Row) -> bool:
+        return _seed(row) in seeds if row.item is None else (_seed(row), _key(row)) in cells
+
+    return [row for row in ours if counts(row)], [row for row in theirs if counts(row)]
+
+
+def _cells(rows: Sequence[Row]) -> set[tuple[int, Key]]:
+    return {(_seed(row), _key(row)) for row in rows if row.item is not None and row.value is not None}
 
 
 def _seed(row: Row) -> int:
@@ -109,14 +114,14 @@ def _whole(rows: Sequence[Row]) -> list[Row]:
     return [row for row in ungrouped if row.split == "test"] or ungrouped
 
 
-def _by_seed(rows: Sequence[Row], items: Collection[Key]) -> dict[int, float]:
-    """The figure of a whole set for each seed; the mean over `items` where there is none."""
+def _by_seed(rows: Sequence[Row]) -> dict[int, float]:
+    """The figure of a whole set for each seed; the mean over items where there is none."""
     whole = {_seed(row): row.value for row in _whole(rows) if row.value is not None}
     if whole:
         return whole
     values: dict[int, list[float]] = {}
     for row in rows:
-        if row.value is not None and _key(row) in items:
+        if row.value is not None:
             values.setdefault(_seed(row), []).append(row.value)
     return {seed: sum(found) / len(found) for seed, found in values.items()}
 
