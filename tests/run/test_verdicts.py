@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from temper.core.card import Claim
 from temper.core.types import Row
+from temper.run.unseen import SEEN
 from temper.run.verdicts import judge_claim, select
 
 
@@ -94,6 +96,21 @@ def test_few_items_are_judged_by_seeds():
     found = judge_claim(claim(), rows)
     assert (found.verdict, found.pairing, found.n) == ("shown", "seeds", 3)
     assert found.difference == pytest.approx(2.0, abs=0.05), "the item that b lacks is left out"
+
+
+def test_few_items_are_not_mixed_with_other_splits_or_with_what_an_attack_saw():
+    rows = [
+        row
+        for seed in (0, 1, 2)
+        for row in (
+            *(replace(r, split="test") for r in items("a", [1.0, 2.0 + seed / 9], seed=seed)),
+            *(replace(r, split="val") for r in items("a", [50.0], seed=seed)),
+            *(replace(r, split="test", group=SEEN) for r in items("a", [90.0] * 9, seed=seed)),
+        )
+    ]
+    found = judge_claim(claim(baseline=0.0), rows)
+    assert (found.pairing, found.n) == ("seeds", 3)
+    assert found.difference == pytest.approx(1.5, abs=0.06)
 
 
 def test_only_seeds_that_both_arms_have_count():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -60,6 +60,10 @@ class Row:
     high: float | None = None
     note: str = ""
     facts: Mapping[str, Json] = field(default_factory=dict)
+
+    def noted(self, note: str) -> Row:
+        """The row with a further note; "" adds none."""
+        return replace(self, note="; ".join(filter(None, (self.note, note))))
 
 
 @dataclass(frozen=True, kw_only=True)

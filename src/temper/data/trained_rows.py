@@ -23,16 +23,18 @@ def keep_trained(folder: Path | None, records: Iterable[Dialogue]) -> None:
         (folder / FILE).write_text(json.dumps(sorted(map(_key, records))))
 
 
-def seen_items(data: Data, folders: Iterable[Path]) -> frozenset[str]:
-    """The ids of the rows of `data` that stand in the keys of these steps' folders."""
+def seen_items(data: Data, folders: Iterable[Path]) -> dict[str, frozenset[str]]:
+    """Part of `data` -> the ids of its rows that stand in the keys of these steps' folders; nothing where none do."""
     files = [folder / FILE for folder in folders]
     keys = {key for file in files if file.is_file() for key in json.loads(file.read_text())}
     if not keys:
-        return frozenset()
+        return {}
     from temper.data.schemas import Dialogue  # loads numpy, which help texts need not
 
-    records = [record for part in data for record in data[part] if isinstance(record, Dialogue)]
-    return frozenset(record.id for record in records if _key(record) in keys)
+    return {
+        part: frozenset(r.id for r in data[part] if isinstance(r, Dialogue) and _key(r) in keys)
+        for part in data
+    }
 
 
 def _key(record: Dialogue) -> str:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from temper.core.card import Claim
 from temper.core.types import Row
+from temper.run.unseen import SEEN
 
 __all__ = ["ArmMean", "Finding", "Verdict", "judge_claim", "select"]
 
@@ -49,7 +50,7 @@ class Finding(NamedTuple):
 
 def judge_claim(claim: Claim, rows: Iterable[Row]) -> Finding:
     """The finding for a claim over the latest rows of its metric."""
-    wanted = [row for row in rows if row.metric == claim.metric]
+    wanted = [row for row in rows if row.metric == claim.metric and row.group != SEEN]
     ours = [row for row in wanted if row.arm == claim.arm]
     if not ours:
         arms = ", ".join(sorted({row.arm or "(none)" for row in wanted})) or "none"
@@ -109,18 +110,18 @@ def _by_item(rows: Sequence[Row]) -> dict[Key, float]:
 
 def _whole(rows: Sequence[Row]) -> list[Row]:
     """Rows about a whole set: of the test split where there is one, and not of one category."""
-    found = [row for row in rows if row.item is None and row.value is not None]
+    return _of_test([row for row in rows if row.item is None and row.value is not None])
+
+
+def _of_test(found: list[Row]) -> list[Row]:
     ungrouped = [row for row in found if not row.group] or found
     return [row for row in ungrouped if row.split == "test"] or ungrouped
 
 
 def _by_seed(rows: Sequence[Row]) -> dict[int, float]:
-    """The figure of a whole set for each seed; the mean over items where there is none."""
-    whole = {_seed(row): row.value for row in _whole(rows) if row.value is not None}
-    if whole:
-        return whole
+    """The figure of a whole set for each seed; the mean over the items of such a set where there is none."""
     values: dict[int, list[float]] = {}
-    for row in rows:
+    for row in _whole(rows) or _of_test([row for row in rows if row.item is not None]):
         if row.value is not None:
             values.setdefault(_seed(row), []).append(row.value)
     return {seed: sum(found) / len(found) for seed, found in values.items()}

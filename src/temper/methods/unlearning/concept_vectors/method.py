@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -141,21 +141,19 @@ def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[
         state = take_state(system, items, config, run)
         if run.folder is not None:
             write_state(state, run.folder)
-        yield from _noted(_original_rows(state, items), unlike_mined(state, items))
+        note = unlike_mined(state, items)
+        yield from (row.noted(note) for row in _original_rows(state, items))
         return
     original = load_original(system, items, config, run)
     now = take_state(system, items, config, run, original.answers)
     asks = [ask for item in items for ask in asks_of(item, config)]
     write_examples(run, asks, original.answers, now.answers)
     note = unlike_mined(original, items)
-    yield from _noted(intrinsic_rows(original, now, [item.concept for item in items]), note)
-    yield from _noted(behaviour_rows(asks, original.answers, now.answers), note)
-
-
-def _noted(rows: Iterable[Row], note: str) -> Iterator[Row]:
-    """The rows with a further note, if there is one."""
-    for row in rows:
-        yield replace(row, note="; ".join(filter(None, (row.note, note)))) if note else row
+    found = (
+        intrinsic_rows(original, now, [item.concept for item in items]),
+        behaviour_rows(asks, original.answers, now.answers),
+    )
+    yield from (row.noted(note) for rows in found for row in rows)
 
 
 def _original_rows(state: State, items: Sequence[Item]) -> Iterator[Row]:
