@@ -22,7 +22,7 @@ from temper.run.estimate import check_cost, estimate
 from temper.run.execute import CellRunner, RunResult, execute
 from temper.run.plan import Plan, PlannedStep, make_plan
 from temper.run.progress import silent
-from temper.run.ranking import Column, rank_arms, rank_lines, ranking_note
+from temper.run.ranking import Column, rank_arms, rank_lines, ranking_note, stops_note
 from temper.run.ranks import is_follower, is_worker
 from temper.store import lines
 
@@ -157,7 +157,7 @@ def _show_ranking(rows: Sequence[Row], columns: Sequence[Column]) -> None:
     if ranking:
         head, *lines = rank_lines(ranking)
         print_table(head, lines)
-        print(ranking_note(ranking))
+        print("\n".join(filter(None, (ranking_note(ranking), stops_note(ranking)))))
 
 
 def _attack_lines(attacked: HeatMap) -> list[list[str]]:

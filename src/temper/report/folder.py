@@ -1,6 +1,6 @@
 """What a report reads: a run folder's own files and nothing else.
 
-Besides the store's files a verb may leave two in its step folder (`run.folder`):
+Besides the store's files a verb may leave some in its step folder (`run.folder`):
 
 figures.json    {"roc": {NAME: {"fpr": [...], "tpr": [...], "threshold": [...]}},
                  "reliability": {NAME: {"confidence": [...], "share": [...], "counts": [...]}},
@@ -10,6 +10,7 @@ figures.json    {"roc": {NAME: {"fpr": [...], "tpr": [...], "threshold": [...]}}
                  "tables": {TITLE: {"columns": [...], "rows": [[...], ...]}}}
                  a `null` threshold means "above every score"; a line may have "low" and "high"; a curve with
                  "shared": true is one picture for all arms; a grid is a table of strips, a row a name and a column an arm
+ended.json      {"step": ..., "why": ...} where training was stopped before its time (`ops/endings.py`)
 examples.jsonl  {"prompt": ..., "before": ..., "after": ..., "verdict": ..., further keys shown as they are}
 """
 

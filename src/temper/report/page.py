@@ -19,7 +19,7 @@ from temper.report.folder import MAX_ATTEMPTS, CellStep, RunView, read_run
 from temper.report.noted import noted_tables
 from temper.report.pictures import drawings, grids
 from temper.report.tables import HeatMap, format_interval, format_value, heat_maps, summary_table
-from temper.run.ranking import columns_from, rank_arms, rank_lines, ranking_note
+from temper.run.ranking import columns_from, rank_arms, rank_lines, ranking_note, stops_note
 
 __all__ = ["Setting", "render_report", "write_report"]
 
@@ -116,8 +116,10 @@ def _ranked(view: RunView) -> dict[str, Any] | None:
     try:
         ranking = rank_arms(view.rows, columns) if columns else None
     except DataError as error:
-        return {"lines": [], "note": str(error)}
-    return {"lines": rank_lines(ranking), "note": ranking_note(ranking)} if ranking else None
+        return {"lines": [], "note": str(error), "stops": ""}
+    if ranking is None:
+        return None
+    return {"lines": rank_lines(ranking), "note": ranking_note(ranking), "stops": stops_note(ranking)}
 
 
 def _facts(view: RunView) -> list[tuple[str, str]]:

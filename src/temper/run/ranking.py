@@ -29,9 +29,12 @@ __all__ = [
     "rank_arms",
     "rank_lines",
     "ranking_note",
+    "stops_note",
 ]
 
 KEYS = ("metric", "as", "step", "split", "under", "better")
+STOPPED = "\N{DAGGER}"
+"""Marks an arm in the table whose training was stopped before its time."""
 EXAMPLE = (
     "Write e.g. - {metric: forget_probability, step: score, under: relearn num_steps 20, better: lower}."
 )
@@ -65,11 +68,12 @@ class RankCell(NamedTuple):
 
 
 class RankLine(NamedTuple):
-    """An arm with its mean rank and a cell for each column."""
+    """An arm with its mean rank and a cell for each column; `stops` says which of its fits did not train to their end."""
 
     arm: str
     mean_rank: float
     cells: tuple[RankCell, ...]
+    stops: tuple[str, ...] = ()
 
 
 class Ranking(NamedTuple):
@@ -157,7 +161,8 @@ def rank_arms(rows: Iterable[Row], columns: Sequence[Column]) -> Ranking | None:
         for arm in order
     }
     num_tests = _correct(cells)
-    lines = tuple(RankLine(arm, mean[arm], tuple(cells[arm])) for arm in order)
+    stops = _stops(row for row in rows if any(_is_of(row, column) for column in columns))
+    lines = tuple(RankLine(arm, mean[arm], tuple(cells[arm]), stops.get(arm, ())) for arm in order)
     return Ranking(tuple(columns), lines, num_tests)
 
 
@@ -227,6 +232,19 @@ def _arm(row: Row) -> str:
     return str((row.facts.get("against") or {}).get("arm", row.arm))
 
 
+def _stops(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    """What each arm's rows say of fits that were stopped: the fit, the reason, and the step for each seed."""
+    steps: dict[str, dict[tuple[str, str], dict[str, None]]] = {}
+    for row in rows:
+        for fit, ending in row.facts.get("ended", {}).items():
+            of_arm = steps.setdefault(_arm(row), {})
+            of_arm.setdefault((fit, ending["why"]), {}).setdefault(str(ending["step"]))
+    return {
+        arm: tuple(f"{fit} at step {', '.join(at)}: {why}" for (fit, why), at in found.items())
+        for arm, found in steps.items()
+    }
+
+
 def _averaged(rows: Iterable[Row]) -> Values:
     """By item, averaged over seeds, which are not independent items; rows about no item by seed."""
     values: dict[tuple[str, str], list[float]] = {}
@@ -292,11 +310,22 @@ def ranking_note(ranking: Ranking) -> str:
     )
 
 
+def stops_note(ranking: Ranking) -> str:
+    """What the mark behind some arms means; "" where none has one."""
+    arms = [f"{line.arm} ({'; '.join(line.stops)})" for line in ranking.lines if line.stops]
+    return f"{STOPPED} Training was stopped before its end: {', '.join(arms)}." if arms else ""
+
+
 def rank_lines(ranking: Ranking) -> list[list[str]]:
     """The table as text: a head, then one line an arm; each value with the corrected p of its difference from the first's."""
     head = ["place", "arm", "mean rank", *(column.name for column in ranking.columns)]
     lines = [
-        [str(place), line.arm, f"{line.mean_rank:.1f}", *(_cell_text(cell) for cell in line.cells)]
+        [
+            str(place),
+            f"{line.arm} {STOPPED if line.stops else ''}".rstrip(),
+            f"{line.mean_rank:.1f}",
+            *(_cell_text(cell) for cell in line.cells),
+        ]
         for place, line in enumerate(ranking.lines, 1)
     ]
     return [head, *lines]

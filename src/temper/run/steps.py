@@ -16,6 +16,7 @@ from temper.core.errors import ConfigError, StoreError
 from temper.core.registry import load_card
 from temper.core.types import Attempt, Json, Row, Run, Ticker
 from temper.data.trained_rows import seen_items
+from temper.ops.endings import ended_early
 from temper.run.artefact_paths import locate
 from temper.run.attack_rows import attack_rows, paid_attempts
 from temper.run.cells import STEP
@@ -178,20 +179,23 @@ def _execute(planned: PlannedStep, worker: Worker, step: StepFolder, system: Any
     """Call the verb and keep what it gives; returns what `done.json` says of it."""
     data = step_data(planned, worker)
     facts = step_facts(planned, worker.options, system, data.fingerprint)
+    fits = _fit_folders(planned, worker)
+    if ended := ended_early(fits):
+        facts["ended"] = ended
     seed_everything(planned.seed, planned.id)
     run = step_run(planned, worker, step)
     result = call_verb(planned.method, planned.verb, system, data, step_config(planned, worker), run)
     if planned.verb == "measure":
-        result = unseen_rows(result, seen_items(data, _attack_folders(planned, worker)))
+        result = unseen_rows(result, seen_items(data, fits.values()))
     made = _keep(planned.verb, result, step, facts, run.budget)
     return {**made, "used": run.budget.record(), "limits": dict(planned.limits)}
 
 
-def _attack_folders(planned: PlannedStep, worker: Worker) -> list[Path]:
-    """Of the steps that made the system's artefacts."""
+def _fit_folders(planned: PlannedStep, worker: Worker) -> dict[str, Path]:
+    """Of the steps that made the system's artefacts, by the artefacts' names."""
     refs = planned.system.artefacts if planned.system else ()
     known = _artefacts(planned, worker)
-    return [(known.get(ref.name) or locate(ref.name, worker.out)).parent for ref in refs]
+    return {ref.name: (known.get(ref.name) or locate(ref.name, worker.out)).parent for ref in refs}
 
 
 def _keep(
