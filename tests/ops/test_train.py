@@ -1,4 +1,4 @@
-"""The training loop: any split gives one gradient, resume equals never stopped, a bad number stops."""
+"""The training loop: any split gives one gradient, a bad number stops, and what a step and the log hold."""
 
 import copy
 import math
@@ -10,62 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from temper.core.errors import ConfigError, DataError, NumericsError, StoreError
+from temper.core.errors import ConfigError, DataError, NumericsError
 from temper.core.types import Run
-from temper.ops.batching import Example
 from temper.ops.train import SftObjective, SumCount, TrainSettings, train
 
-VOCAB = 37
-
-
-def tiny(dtype=torch.float64, dropout=0.0):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        attention_dropout=dropout,
-        attn_implementation="eager" if dropout else "sdpa",
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
-
-def rows(num=24, seed=0):
-    generator = random.Random(seed)
-    out = []
-    for _ in range(num):
-        size = generator.randint(3, 14)
-        scored = [place > size // 2 for place in range(size)]
-        out.append(Example([generator.randrange(VOCAB) for _ in range(size)], scored))
-    return out
-
-
-def size_of(item):
-    return len(item.ids)
-
-
-def sft(model, items, run, config=None, objective=None, **more):
-    config = config or TrainSettings(lr=1e-2, num_epochs=2)
-    return train(
-        model,
-        model.parameters(),
-        lambda epoch: items,
-        objective or SftObjective(0),
-        config,
-        run,
-        length=size_of,
-        **more,
-    )
-
-
-def weights_of(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from .training_runs import TwoTerms, rows, sft, size_of, tiny, weights_of
 
 
 @pytest.mark.parametrize("run", [Run(batch_tokens=1), Run(batch_tokens=30), Run(exact=True)])
@@ -99,30 +49,6 @@ def test_equals_a_plain_loop_of_torch():
     torch.testing.assert_close(log.loss, losses, atol=1e-8, rtol=0)
     torch.testing.assert_close(weights_of(ours), weights_of(plain), atol=1e-8, rtol=0)
     assert log.loss[-1] < log.loss[0]
-
-
-@dataclass
-class TwoTerms:
-    """The likelihood of long rows and, weighted, of short ones."""
-
-    weights: dict = field(default_factory=lambda: {"long": 1.0, "short": 0.3})
-    sft: SftObjective = field(default_factory=lambda: SftObjective(0))
-
-    def parts(self, items):
-        return {
-            "long": [item for item in items if size_of(item) > 7],
-            "short": [item for item in items if size_of(item) <= 7],
-        }
-
-    def counts(self, items):
-        return {name: float(len(part)) for name, part in self.parts(items).items()}
-
-    def __call__(self, model, items):
-        return {
-            name: SumCount(self.sft(model, part)["nll"].total, len(part))
-            for name, part in self.parts(items).items()
-            if part
-        }
 
 
 def test_several_terms_each_have_their_own_count():
@@ -175,89 +101,6 @@ def test_any_split_gives_the_same_step(items, budget):
     assert log.loss[0] == pytest.approx(
         sum(size * (before - value) ** 2 for value, size in items) / count, abs=1e-6
     )
-
-
-class KilledError(Exception):
-    pass
-
-
-def killed_at(step):
-    def callback(done):
-        if done == step:
-            raise KilledError
-
-    return callback
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resume_is_bit_identical_to_never_stopped(tmp_path, dropout):
-    items = rows()
-    config = TrainSettings(lr=1e-2, num_epochs=3, schedule="cosine", warmup_ratio=0.2, weight_decay=0.1)
-    whole = tiny(torch.float32, dropout)
-    log = sft(whole, items, Run(seed=5, batch_tokens=40), config)
-    run = Run(seed=5, batch_tokens=40, folder=tmp_path, checkpoint_every=2)
-    with pytest.raises(KilledError):
-        sft(tiny(torch.float32, dropout), items, run, config, every=1, callback=killed_at(6))
-    torch.rand(7)  # the world moved on
-    resumed = tiny(torch.float32, dropout)
-    nn.init.zeros_(resumed.lm_head.weight)  # the state comes from disk
-    again = sft(resumed, items, replace(run, resume=True), config)
-    assert torch.equal(weights_of(resumed), weights_of(whole))
-    assert (again.loss, again.lr, again.grad_norm) == (log.loss, log.lr, log.grad_norm)
-    assert again.num_tokens == log.num_tokens
-
-
-def test_resume_of_a_finished_run_trains_no_more(tmp_path):
-    run, items = Run(folder=tmp_path, checkpoint_every=4), rows()
-    first, second = tiny(), tiny()
-    log = sft(first, items, run)
-    again = sft(second, items, replace(run, resume=True))
-    assert again.loss == log.loss
-    assert torch.equal(weights_of(first), weights_of(second))
-
-
-def test_resume_with_other_settings_is_refused(tmp_path):
-    run, items = Run(folder=tmp_path, checkpoint_every=2), rows()
-    sft(tiny(), items, run)
-    with pytest.raises(ConfigError, match=r"another lr, seed"):
-        sft(tiny(), items, replace(run, resume=True, seed=1), TrainSettings(lr=1e-3, num_epochs=2))
-
-
-def test_a_new_run_forgets_old_checkpoints(tmp_path):
-    run, items = Run(folder=tmp_path, checkpoint_every=2), rows(8)
-    sft(tiny(), items, run, TrainSettings(max_steps=10))
-    sft(tiny(), items, run, TrainSettings(max_steps=2))
-    assert [path.name for path in run.checkpoint.iterdir()] == ["step-00000002"]
-
-
-def damage(path, how):
-    content = path.read_bytes()
-    path.write_bytes(
-        content[: len(content) // 2] if how == "cut" else bytes([content[-1] ^ 1]).join([content[:-1], b""])
-    )
-
-
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("how", ["cut", "flip"])
-def test_a_damaged_checkpoint_falls_back_and_ends_the_same(tmp_path, name, how, caplog):
-    items, run = rows(), Run(folder=tmp_path, checkpoint_every=2)
-    whole = tiny(torch.float32)
-    sft(whole, items, Run())
-    sft(tiny(torch.float32), items, run)
-    damage(run.checkpoint / "step-00000006" / name, how)
-    resumed = tiny(torch.float32)
-    sft(resumed, items, replace(run, resume=True))
-    assert "damaged checkpoint" in caplog.text
-    assert torch.equal(weights_of(resumed), weights_of(whole))
-
-
-def test_only_damaged_checkpoints_say_what_to_do(tmp_path):
-    items, run = rows(), Run(folder=tmp_path, checkpoint_every=2)
-    sft(tiny(), items, run)
-    for path in run.checkpoint.glob("*/state.safetensors"):
-        damage(path, "cut")
-    with pytest.raises(StoreError, match=r"None of the 2 checkpoints.*Delete this folder"):
-        sft(tiny(), items, replace(run, resume=True))
 
 
 @dataclass(frozen=True)
