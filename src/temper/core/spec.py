@@ -47,8 +47,10 @@ class DataSpec:
     fields: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.kind in ("file", "folder", "step"):
+        if self.kind in ("file", "folder"):
             return self.name
+        if self.kind == "step":
+            return ":".join([self.name, *self.fields])
         return ":".join([self.kind, self.name, *self.fields])
 
 
@@ -78,7 +80,7 @@ def _artefact(part: str, text: str) -> ArtefactRef:
 def parse_data(text: str) -> DataSpec:
     """Recognise one of the six forms; raises ConfigError for an empty or unknown one.
 
-    A folder ends in "/", or is there and is no plain word: that is a step's id.
+    A folder ends in "/", or is there and is no plain word: that is a step's id, and ID:PART one part of what it made.
     """
     head, *rest = text.split(":")
     if head in ("builtin", "asset", "world", "hub"):
@@ -87,8 +89,8 @@ def parse_data(text: str) -> DataSpec:
         return DataSpec(head, rest[0], tuple(rest[1:]))  # type: ignore[arg-type]
     if text.lower().endswith(DATA_SUFFIXES):
         return DataSpec("file", text)
-    if re.fullmatch(r"[A-Za-z][\w-]*", text):
-        return DataSpec("step", text)
+    if re.fullmatch(r"[A-Za-z][\w-]*(:\w+)?", text):
+        return DataSpec("step", head, tuple(rest))
     if text.endswith("/") or (text.strip() and Path(text).expanduser().is_dir()):
         return DataSpec("folder", text)
     raise ConfigError(

@@ -75,19 +75,30 @@ def load_inputs(
 def _as_files(ref: str | Mapping[str, str], made: Mapping[str, Path]) -> str | dict[str, str]:
     """The reference with step ids replaced by the files those steps wrote."""
     if isinstance(ref, str):
-        return ref if parse_data(ref).kind != "step" else {p.stem: str(p) for p in _files(ref, made)}
-    return {
-        part: _part_file(part, spec, made) if parse_data(spec).kind == "step" else spec
-        for part, spec in ref.items()
-    }
+        spec = parse_data(ref)
+        if spec.kind != "step":
+            return ref
+        files = {path.stem: str(path) for path in _files(spec.name, made)}
+        return (
+            files if not spec.fields else {part: _part_file(part, spec.name, files) for part in spec.fields}
+        )
+    return {part: _of_step(part, text, made) for part, text in ref.items()}
 
 
-def _part_file(part: str, step: str, made: Mapping[str, Path]) -> str:
-    files = {path.stem: path for path in _files(step, made)}
+def _of_step(part: str, text: str, made: Mapping[str, Path]) -> str:
+    """The file of a part: the one that the spec names, or that of the same name, or the only one there is."""
+    spec = parse_data(text)
+    if spec.kind != "step":
+        return text
+    files = {path.stem: str(path) for path in _files(spec.name, made)}
+    if not spec.fields and part not in files and len(files) == 1:
+        return next(iter(files.values()))
+    return _part_file(spec.fields[0] if spec.fields else part, spec.name, files)
+
+
+def _part_file(part: str, step: str, files: Mapping[str, str]) -> str:
     if part in files:
-        return str(files[part])
-    if len(files) == 1:
-        return str(next(iter(files.values())))
+        return files[part]
     raise DataError(f"Step {step!r} made no part {part!r}", cure=f"It made: {', '.join(files)}.")
 
 

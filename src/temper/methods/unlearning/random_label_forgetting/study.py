@@ -46,8 +46,6 @@ class Forgotten(NamedTuple):
     """Task -> held-out accuracy after learning."""
     after: dict[str, float]
     """Task -> held-out accuracy after forgetting."""
-    item_hits: Tensor
-    """Held-out items of the task itself after forgetting, (N,)."""
     forget_set: float
     """Accuracy on the trained rows after forgetting."""
     label_fit: float
@@ -177,7 +175,6 @@ def _forget(
         )
         after = _accuracies(system, tasks, config, run)
         trained = response_scores(system, task.train, config, run)
-        held_out = response_scores(system, task.test, config, run)
         probe_after = _probe(system, task, config, run)
     right = maths.hits(trained).numpy()
     both = (probe_before, probe_after) if probe_before is not None and probe_after is not None else None
@@ -189,7 +186,6 @@ def _forget(
     return Forgotten(
         learnt=dict(learnt),
         after=after,
-        item_hits=maths.hits(held_out),
         forget_set=float(right.mean()),
         label_fit=float(np.where(given, right, 1 - right).mean()),
         probe=both,

@@ -123,36 +123,40 @@ def _binary(record: Record, labels: Sequence[str], key: str) -> Item:
     return Item(question, right, random.Random(key).choice(others))
 
 
-# Tasks of our own. Each gives questions in a seeded order, none twice.
+# Tasks of our own. Each gives facts or cases in a seeded order, none twice: every fact in two wordings, a case in one.
 
 
 def _facts() -> Any:
     return yaml.safe_load((Path(__file__).parent / "data" / "facts.yaml").read_text(encoding="utf-8"))
 
 
-def _capitals(draw: random.Random) -> Iterator[Item]:
+def _capitals(draw: random.Random) -> Iterator[tuple[Item, ...]]:
     known = list(_facts()["capitals"].items())
     draw.shuffle(known)
-    for country, city in known:
+    for land, city in known:
         other = draw.choice([capital for _, capital in known if capital != city])
-        yield Item(f"What is the capital of {country}?", city, other)
+        asked = (f"What is the capital of {land}?", f"From which city is {land} governed?")
+        yield tuple(Item(question, city, other) for question in asked)
 
 
-def _animals(draw: random.Random) -> Iterator[Item]:
+def _animals(draw: random.Random) -> Iterator[tuple[Item, ...]]:
     classes = _facts()["animals"]
     known = [(animal, kind) for kind, members in classes.items() for animal in members]
     draw.shuffle(known)
     for animal, kind in known:
-        yield Item(
-            f"What kind of animal is the {animal}?", kind, draw.choice([k for k in classes if k != kind])
+        other = draw.choice([k for k in classes if k != kind])
+        asked = (
+            f"What kind of animal is the {animal}?",
+            f"To which class of animals does the {animal} belong?",
         )
+        yield tuple(Item(question, kind, other) for question in asked)
 
 
-def _numbers(draw: random.Random) -> Iterator[Item]:
+def _numbers(draw: random.Random) -> Iterator[tuple[Item, ...]]:
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if a != b]
     draw.shuffle(pairs)
     for a, b in pairs:
-        yield Item(f"Which number is larger, {a} or {b}?", str(max(a, b)), str(min(a, b)))
+        yield (Item(f"Which number is larger, {a} or {b}?", str(max(a, b)), str(min(a, b))),)
 
 
 NOUNS = ("key", "boy", "letter", "dog", "table", "teacher", "flower", "car", "bird", "book", "king", "lamp")
@@ -160,7 +164,7 @@ PLACES = ("cabinet", "window", "gardens", "old houses", "river", "doors", "schoo
 STATES = ("here", "old", "small", "new", "quiet")
 
 
-def _agreement(draw: random.Random) -> Iterator[Item]:
+def _agreement(draw: random.Random) -> Iterator[tuple[Item, ...]]:
     frames = [
         (noun, place, state, plural)
         for noun in NOUNS
@@ -172,10 +176,10 @@ def _agreement(draw: random.Random) -> Iterator[Item]:
     for noun, place, state, plural in frames:
         subject = f"The {noun}{'s' if plural else ''} near the {place}"
         right, wrong = ("are", "is") if plural else ("is", "are")
-        yield Item(f"Which verb is right in: {subject} ... {state}?", right, wrong)
+        yield (Item(f"Which verb is right in: {subject} ... {state}?", right, wrong),)
 
 
-OWN_TASKS: dict[str, Callable[[random.Random], Iterator[Item]]] = {
+OWN_TASKS: dict[str, Callable[[random.Random], Iterator[tuple[Item, ...]]]] = {
     "capitals": _capitals,
     "animals": _animals,
     "numbers": _numbers,
@@ -184,9 +188,13 @@ OWN_TASKS: dict[str, Callable[[random.Random], Iterator[Item]]] = {
 
 
 def _own(name: str, config: Config) -> Task:
+    """The last facts are for the test, whatever is trained on: no fact stands in both parts in any wording."""
     if name not in OWN_TASKS:
         raise ConfigError(f"There is no task {name!r}", where="own_tasks", cure=nearest(name, OWN_TASKS))
-    every = list(OWN_TASKS[name](random.Random(f"{config.seed}/{name}")))
-    # The last ones are for the test, whatever is trained on.
-    num_test = min(config.num_test, len(every) // 2)
-    return Task(name, every[:-num_test][: config.num_train], every[-num_test:])
+    facts = list(OWN_TASKS[name](random.Random(f"{config.seed}/{name}")))
+    wordings = len(facts[0])
+    num_test = min(-(-config.num_test // wordings), len(facts) // 2)
+    train, test = (
+        [item for fact in part for item in fact] for part in (facts[:-num_test], facts[-num_test:])
+    )
+    return Task(name, train[: config.num_train], test[: config.num_test])

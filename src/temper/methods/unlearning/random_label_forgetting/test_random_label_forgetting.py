@@ -123,6 +123,16 @@ def test_our_own_tasks_are_right_and_never_repeat() -> None:
     assert all(int(item.right) > int(item.wrong) for item in numbers)
 
 
+def test_a_fact_is_trained_on_or_asked_and_never_both() -> None:
+    for task in load_tasks(NONE, Config(num_train=200, num_test=200))[:2]:
+        assert (len(task.train), len(task.test)) == (200, 200)
+        names = [{item.question.rsplit("the ")[-1].split()[0].strip("?") for item in part} for part in task[1:]]
+        if task.name == "capitals":
+            names = [{item.right for item in part} for part in task[1:]]
+        assert not names[0] & names[1]
+        assert [len(part) for part in names] == [100, 100]
+
+
 def test_a_choice_of_many_becomes_two_by_the_seed() -> None:
     first, again = load_tasks(own(), quick()), load_tasks(own(), quick())
     assert first == again != load_tasks(own(), quick(seed=1))
@@ -237,7 +247,7 @@ def test_flipped_labels_train_the_distractor_and_divide_by_what_there_was_to_tur
 
 
 def test_a_skill_that_was_never_there_has_no_ratio_and_the_row_says_so() -> None:
-    seen = study.Forgotten({"sums": 0.55}, {"sums": 0.5}, torch.zeros(1), 0.5, 0.9, None, None)
+    seen = study.Forgotten({"sums": 0.55}, {"sums": 0.5}, 0.5, 0.9, None, None)
     found = study.Study({"sums": study.Before(0.5, 0.5, None)}, {"sums": seen})
     rows = list(method._map_rows(found, ["sums"], ["sums"], {"sums": 8}, False))
     (row,) = [row for row in rows if row.metric == "forget_ratio"]
@@ -258,7 +268,6 @@ def test_the_reports_map_stands_in_clustered_order(monkeypatch: pytest.MonkeyPat
         name: study.Forgotten(
             dict.fromkeys(names, 1.0),
             dict(zip(names, line, strict=True)),
-            torch.zeros(1),
             0.5,
             0.9,
             None,

@@ -68,6 +68,8 @@ class Config:
     reference code; empty = build the stand-in from the data. A finished run does not notice when the files change."""
     subjects: tuple[str, ...] = ()
     """`make`: only rows about these targets; empty = all."""
+    num_targets: int = 0
+    """`make`, stand-in: so many of these people, in the data's order and beginning with the one that the seed counts to; 0 = all."""
     num_facts: int = 0
     """`make`, stand-in: facts of each part that are probed; 0 = all."""
     num_utility: int = 16

@@ -34,7 +34,16 @@ def make(system: CausalLM | None, data: Data, config: Config, run: Run) -> Data:
     parts: dict[str, Sequence[Any]] = {name: data[name] for name in data}
     if config.subjects and "forget" in parts:
         parts["forget"] = [r for r in parts["forget"] if r.extra.get("person") in config.subjects]
+    if config.num_targets and "forget" in parts:
+        parts["forget"] = _of_turn(parts["forget"], config.num_targets, run.seed)
     return build(parts, config.num_facts, config.num_utility)
+
+
+def _of_turn(records: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """The rows about `count` people: each further seed begins one person later, and the first comes after the last."""
+    people = list(dict.fromkeys(record.extra.get("person") for record in records))
+    chosen = {people[(seed + number) % len(people)] for number in range(count)}
+    return [record for record in records if record.extra.get("person") in chosen]
 
 
 def measure(system: CausalLM, data: Data, config: Config, run: Run) -> Iterator[Row]:

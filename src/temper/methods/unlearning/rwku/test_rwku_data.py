@@ -268,3 +268,16 @@ def test_bad_copies_are_named(copy: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="exactly one"):
         load_folder(copy)
+
+
+def test_each_seed_has_the_next_person_as_its_target() -> None:
+    people = load_data("builtin:people", {"forget": "Dialogue"}, limit=24)
+    names = list(dict.fromkeys(record.extra["person"] for record in people["forget"]))
+
+    def targets(seed: int, count: int = 1) -> set[Any]:
+        made = make(None, people, Config(num_targets=count), Run(seed=seed))
+        return {record.extra["subject"] for record in made["forget_level2"]}
+
+    assert [targets(seed) for seed in range(4)] == [{names[0]}, {names[1]}, {names[2]}, {names[0]}]
+    assert targets(2, 2) == {names[2], names[0]}
+    assert targets(1, 0) == set(names)
