@@ -15,7 +15,7 @@ from temper.systems.base import Reply, Sampling, StepRule
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
 from temper.systems.fingerprint import fingerprint_model
-from temper.systems.tiny import ARCHITECTURES, VOCAB, WIDTH, build_tiny, build_tokenizer
+from temper.systems.tiny import ARCHITECTURES, LARGER, VOCAB, WIDTH, build_tiny, build_tokenizer
 
 ALL = {"generate", "logprobs", "hidden", "attention", "grads"}
 
@@ -152,6 +152,12 @@ def test_small_facts():
     assert system.stop_ids == {2}
     assert tiny("gpt2").max_tokens == 512
     assert tiny("gemma3").max_tokens == 512
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_a_larger_tiny_model_has_the_size_that_its_name_says(name):
+    config = build_tiny(name)[0].config
+    assert name.endswith(f"-{config.num_hidden_layers}x{config.hidden_size}")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -13,7 +13,7 @@ from temper.systems import loading, memory
 from temper.systems.loading import known_bases, load_base
 from temper.systems.names import TINY, check_base
 from temper.systems.remote import Remote
-from temper.systems.tiny import ARCHITECTURES, build_tiny
+from temper.systems.tiny import ARCHITECTURES, LARGER, build_tiny
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_hub_failures_are_told_apart(name, kind, message):
 
 
 def test_names_are_checked_without_loading(folder, tmp_path):
-    assert set(TINY["CausalLM"]) == set(ARCHITECTURES)
+    assert set(TINY["CausalLM"]) == set(ARCHITECTURES) | set(LARGER)
     for good in ("smollm2-135m", "tiny:llama:3", "owner/name", "openai:gpt-x", str(folder)):
         check_base(good)
     with pytest.raises(ModelError, match=r"no config\.json"):

