@@ -31,7 +31,7 @@ EAGER_IN_CORE = sys.stdlib_module_names | {"temper", "__future__"}
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if not path.name.startswith("test_"))
+    return sorted(path for path in ROOT.rglob("*.py") if not path.name.startswith(("test_", "conftest.")))
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:

@@ -7,12 +7,13 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "src" / "temper"
+TESTS = ("test_", "conftest.")
 DRAWERS = {"utils", "util", "helpers", "misc", "common", "base_utils"}
 MAX_FILE, MAX_METHOD, MAX_FUNCTION, MAX_MEDIAN = 400, 300, 60, 12
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in ROOT.rglob("*.py") if not path.name.startswith("test_"))
+    return sorted(path for path in ROOT.rglob("*.py") if not path.name.startswith(TESTS))
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -12,6 +12,8 @@ from temper.core.registry import find
 __all__ = ["code_hash", "commit", "version"]
 
 PACKAGE = Path(temper.__file__).parent
+TESTS = ("test_", "conftest.")
+"""How the names of files begin that make no number."""
 SHARED = ("core", "data", "systems", "ops", "artefacts", "judges")
 """What can change a method's numbers; the store, the command line and the report cannot."""
 
@@ -26,7 +28,7 @@ def code_hash(slug: str) -> str:
     digest = hashlib.sha256(_shared().encode())
     folder = find(slug).folder
     for path in sorted(folder.glob("*.py")):
-        if not path.name.startswith("test_"):
+        if not path.name.startswith(TESTS):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from temper.core.errors import ConfigError
 from temper.core.types import Message, Row, Run
-from temper.data.loading import load_data
 from temper.data.schemas import Data, Dialogue
 from temper.methods.unlearning.npo import metrics, toy
 from temper.methods.unlearning.npo.card import Config
@@ -25,20 +24,8 @@ from temper.ops.batching import encode
 from temper.ops.logprobs import response_logprobs
 from temper.store import lines
 from temper.store.records import row_record
-from temper.systems.loading import load_base
 
 FAST = {"reply_tokens": 3, "max_rows": 3}
-
-
-@pytest.fixture(scope="module")
-def system() -> Any:
-    return load_base("tiny:llama")
-
-
-@pytest.fixture(scope="module")
-def people() -> Data:
-    parts = ("forget", "retain", "holdout", "neighbours", "world_facts")
-    return load_data("builtin:people", dict.fromkeys(parts, "Dialogue"), limit=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""NPO, SimNPO, GradDiff, DPO and their relatives beside a plain float64 version on padded batches, and both ways to train.
+"""NPO, SimNPO, GradDiff, DPO and their relatives beside plain float64 versions and TRL, and both ways to train.
 
-The version here shares nothing with the code it checks: padded ids through the model, softmax over full logits, loops over
-rows and tokens, one formula a loss.
+The first version shares nothing with the code it checks: padded ids through the model, softmax over full logits, loops over
+rows and tokens, one formula a loss. The second goes row by row and has KTO too.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import temper
 from temper.artefacts import tuning
@@ -23,9 +25,10 @@ from temper.core.types import Run
 from temper.data.loading import load_data
 from temper.methods.unlearning.npo import training
 from temper.methods.unlearning.npo.card import Config
+from temper.methods.unlearning.npo.conftest import make_pairs, objective_of, slow_logp, value_of
 from temper.methods.unlearning.npo.losses import parse
 from temper.methods.unlearning.npo.objective import Pair, UnlearnObjective
-from temper.ops.batching import Example
+from temper.ops.batching import Example, collate, encode
 from temper.ops.logprobs import response_logprobs
 from temper.ops.objectives import SumCount
 from temper.systems.loading import load_base
@@ -191,7 +194,6 @@ def test_the_plain_version_is_no_echo_of_ours() -> None:
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_ways_to_train_forget_on_every_architecture(kind: str, mode: str) -> None:
-    from temper.ops.batching import encode
 
     data = load_data("builtin:people", {"forget": "Dialogue", "retain": "Dialogue"}, limit=4)
     system: Any = load_base(f"tiny:{kind}")
@@ -258,3 +260,101 @@ def test_empty_parts_are_refused() -> None:
     for loss in ("npo+rt", "ga+kl", "npo"):
         with pytest.raises(TemperError, match="'retain' is empty"):
             temper.fit("npo", "tiny:llama", data.with_part("retain", []), loss=loss)
+
+
+# ---- a second version from full logits, TRL's own loss, and any split of a step
+
+
+def slow_loss(model: Any, items: list[Pair], name: str, beta: float, delta: float) -> torch.Tensor:
+    """The released losses, row by row, in float64: no batches, no padding, no shared pieces."""
+    forget = [slow_logp(model, item.forget) for item in items]
+    idk = [slow_logp(model, item.row("idk")) for item in items]
+    retain = torch.cat([slow_logp(model, item.row("retain")) for item in items])
+    ratios = torch.stack([a.sum() - item.forget_ref for a, item in zip(forget, items, strict=True)])
+    wins = torch.stack([a.sum() - item.idk_ref for a, item in zip(idk, items, strict=True)])
+    means = torch.stack([-a.mean() for a in forget])
+    kind, _, term = name.partition("+")
+    found = {
+        "ga": lambda: torch.cat(forget).mean(),
+        "npo": lambda: -F.logsigmoid(-beta * ratios).mean() * 2 / beta,
+        "simnpo": lambda: -F.logsigmoid(beta * (means - delta)).mean() * 2 / beta,
+        "dpo": lambda: -F.logsigmoid(beta * (wins - ratios)).mean() * 2 / beta,
+        "kto": lambda: (1 - torch.sigmoid(wins.mean() - beta * ratios)).mean() * 2 / beta,
+        "idk": lambda: -torch.cat(idk).mean(),
+    }[kind]()
+    return found - retain.mean() if term else found
+
+
+@pytest.mark.parametrize(
+    "name", ["ga", "ga+rt", "npo", "npo+rt", "simnpo", "simnpo+rt", "dpo", "dpo+rt", "kto", "idk+rt"]
+)
+def test_losses_agree_with_a_slow_float64_version(system: Any, name: str) -> None:
+    model = load_base("tiny:llama").model.double()
+    objective = objective_of(system, name, beta=0.3, delta=0.2)
+    for seed in range(3):
+        items = make_pairs(seed)
+        with torch.no_grad():
+            expected = slow_loss(model, items, name, 0.3, 0.2).item()
+        assert value_of(objective, model, items) == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def test_dpo_agrees_with_trl(system: Any) -> None:
+    """TRL's own loss on the same padded batch: ours is 2 / beta times its sigmoid loss."""
+    trl = pytest.importorskip("trl.trainer.dpo_trainer")
+    items, beta = make_pairs(3), 0.2
+    batch = collate([*(item.row("idk") for item in items), *(item.forget for item in items)], 3)
+
+    def model(input_ids: torch.Tensor, labels: torch.Tensor, **more: Any) -> Any:
+        logp = system.model(input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        target, known = labels[:, 1:], labels[:, 1:] != -100
+        picked = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        zeros = torch.zeros_like(picked)
+        return MagicMock(log_probs=picked * known, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+    trainer = MagicMock()
+    trainer.loss_types, trainer.loss_weights, trainer.beta, trainer.ld_alpha = ["sigmoid"], [1.0], beta, None
+    trainer.f_divergence_type, trainer.precompute_ref_logps, trainer.aux_loss_enabled = (
+        "reverse_kl",
+        True,
+        False,
+    )
+    trainer.use_weighting, trainer.args.rpo_alpha, trainer.label_smoothing = False, None, 0.0
+    trainer.accelerator.gather_for_metrics = lambda tensor: tensor
+    inputs = {
+        "input_ids": batch.ids_BT,
+        "attention_mask": batch.mask_BT.long(),
+        "completion_mask": batch.scored_BT.long(),
+        "ref_chosen_logps": torch.tensor([item.idk_ref for item in items]),
+        "ref_rejected_logps": torch.tensor([item.forget_ref for item in items]),
+    }
+    with torch.no_grad():
+        theirs = trl.DPOTrainer._compute_loss(trainer, model, inputs, False)
+        ours = value_of(objective_of(system, "dpo", beta=beta), system.model, items)
+    assert ours == pytest.approx(2 / beta * float(theirs), rel=1e-6)
+
+
+def test_departure_4_any_split_of_a_step_gives_its_loss_and_gradient(system: Any) -> None:
+    items = make_pairs(5)
+    for name in ("npo+rt", "ga+kl", "dpo+kl", "ga+fkl"):
+        for which in ("nonpad", "answer", "all"):
+            objective = objective_of(system, name, kl_positions=which)
+            model = system.model
+            counts = objective.counts(items)
+
+            def loss_of(
+                split: list[list[Pair]], objective: Any = objective, counts: Any = counts, model: Any = model
+            ) -> Any:
+                terms = [objective(model, part) for part in split]
+                return sum(
+                    objective.weights[n] * t.total / counts[n] for part in terms for n, t in part.items()
+                )
+
+            weight = model.model.layers[0].mlp.up_proj.weight
+            (whole,) = torch.autograd.grad(loss_of([items]), weight)
+            (parts,) = torch.autograd.grad(loss_of([items[:1], items[1:]]), weight)
+            assert torch.allclose(whole, parts, atol=1e-6), (name, which)
+
+
+def test_kto_compares_the_rows_of_a_step_and_says_so(system: Any) -> None:
+    assert objective_of(system, "kto").unsplittable
+    assert not objective_of(system, "dpo").unsplittable
