@@ -4,11 +4,7 @@ from temper.core.types import Run
 from temper.ops.generate import Sampling
 
 RUN = Run(batch_tokens=64)
-
-
 LENGTHS = (7, 1, 23, 12, 3, 30, 12, 18)
-
-
 DRAWN = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
 
 
