@@ -10,6 +10,7 @@ from temper.core.budget import UNITS
 from temper.core.types import Json, Row
 from temper.report.tables import HeatMap, SummaryRow, summary_table
 from temper.run.against import UNATTACKED
+from temper.run.axes import attack_chosen, each_once, is_attack_axis, own_choices
 from temper.run.budgets import attack_of
 
 __all__ = ["Bill", "attack_curves", "attack_maps", "bills", "is_attacked"]
@@ -30,8 +31,8 @@ class Bill(NamedTuple):
 
 
 def is_attacked(row: Row) -> bool:
-    """Whether the row is about an attacked system, or the plain one beside it."""
-    return "against" in row.facts
+    """Whether the row is about an attacked system, or the plain one beside it; each attack of an axis is one."""
+    return "against" in row.facts or bool(attack_chosen(row))
 
 
 def attack_maps(rows: Iterable[Row]) -> list[HeatMap]:
@@ -76,9 +77,9 @@ def attack_curves(rows: Iterable[Row], first: Sequence[str] = ()) -> dict[str, d
 def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
     """Metric and split -> a line for each attack, with a cell for each defence."""
     seen = {row.metric for row in rows if is_attacked(row)}
-    looks = {row.facts["against"].get("look") for row in rows if is_attacked(row)}
+    looks = {_label(row).get("look") for row in rows if is_attacked(row)}
     kept = [row for row in rows if is_attacked(row) or row.facts.get("step") in looks]
-    named = _all_named([row for row in kept if row.metric in seen and not row.group])
+    named = each_once(_all_named([row for row in kept if row.metric in seen and not row.group]))
     out: dict[tuple[str, str], list[SummaryRow]] = {}
     for line in summary_table(named, groups=True).rows:
         out.setdefault((line.metric, line.split), []).append(line)
@@ -105,14 +106,17 @@ def _all_named(rows: Sequence[Row]) -> list[Row]:
 
 
 def _label(row: Row) -> Mapping[str, Json]:
-    return row.facts.get("against") or {"opponent": UNATTACKED, "budget": {}, "defended": True}
+    chosen = attack_chosen(row)
+    is_defended = not chosen or bool(row.arm) or "+" in str(row.facts.get("system", ""))
+    plain = {"opponent": chosen or UNATTACKED, "budget": {}, "defended": is_defended}
+    return row.facts.get("against") or plain
 
 
 def _named(row: Row, *, is_shared: bool = False) -> Row:
     """The row with its attack as the group and its defence as the arm; every choice of the matrix is one."""
     label = _label(row)
-    matrix = row.facts.get("matrix") or {}
-    named = [str(label.get("arm", row.arm)), *(f"{key} {value}" for key, value in matrix.items())]
+    matrix = [f"{key} {value}" for key, value in own_choices(row).items() if not is_attack_axis(key)]
+    named = [str(label.get("arm", row.arm)), *matrix]
     arm = "" if is_shared else ", ".join(part for part in named if part)
     parts = [arm, "" if label["defended"] and arm else DEFENDED if label["defended"] else PLAIN]
     facts = {**row.facts, "step": label.get("look", row.facts.get("step"))}
@@ -163,7 +167,7 @@ def _budgets(rows: Iterable[Row]) -> dict[str, tuple[str, dict[float, str]]]:
     """Opponent -> its setting, and the attack's name by the setting's value, for numbers that vary."""
     found: dict[str, tuple[str, dict[float, str]]] = {}
     for row in filter(is_attacked, rows):
-        label = row.facts["against"]
+        label = _label(row)
         for setting, value in label["budget"].items():
             if isinstance(value, int | float):
                 found.setdefault(label["opponent"], (setting, {}))[1][float(value)] = attack_of(label)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from temper.core.types import Row
+from temper.run.axes import each_once
 
 __all__ = [
     "Cell",
@@ -106,7 +107,7 @@ def summary_table(rows: Iterable[Row], *, groups: bool = False) -> SummaryTable:
     """
     arms: dict[str, None] = {}
     buckets: dict[Key, dict[str, list[Row]]] = {}
-    kept = _shared_once([row for row in rows if groups or not row.group])
+    kept = _shared_once(each_once(row for row in rows if groups or not row.group))
     several = _measured_twice(kept)
     for row in kept:
         step = (

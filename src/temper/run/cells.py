@@ -14,6 +14,7 @@ from temper.core.registry import load_card
 from temper.core.spec import ArtefactRef, SystemSpec, parse_system
 from temper.core.types import Json
 from temper.run.against import with_opponents
+from temper.run.axes import Choice
 from temper.run.inputs import data_steps, wanted_parts
 from temper.run.recipe import BASE, DataRef, Pipeline, Step, with_arm
 from temper.run.settings import Sets, step_config
@@ -90,7 +91,7 @@ def _check_axes(pipeline: Pipeline, axes: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"matrix key {key!r} is unknown",
                 where=pipeline.where,
-                cure="Use seed, system, data or STEP.setting.",
+                cure="Use seed, system, data, STEP.setting or, for a step's method, STEP.VERB.",
             )
 
 
@@ -98,6 +99,11 @@ def _cell(
     pipeline: Pipeline, arm: str, changes: Mapping[str, Json], seed: int, matrix: dict[str, Json], sets: Sets
 ) -> CellSpec:
     where = f"{pipeline.where}: arm {arm}" if arm else pipeline.where
+    methods = {key: choice for key, choice in matrix.items() if isinstance(choice, Choice)}
+    told = {key: methods[key].name if key in methods else value for key, value in matrix.items()}
+    matrix = {key: value for key, value in matrix.items() if key not in methods}
+    for key, choice in methods.items():
+        changes = choice.joined(changes, key.rpartition(".")[0])
     system, data = matrix.get("system", pipeline.system), matrix.get("data", pipeline.data)
     here = dataclasses.replace(pipeline, system=system, data=data)
     earlier: dict[str, Step] = {}
@@ -116,7 +122,7 @@ def _cell(
         earlier[step.id] = step
     if not steps:
         raise ConfigError("No step is left", where=where, cure="An arm keeps at least one step.")
-    return CellSpec(arm, seed, matrix, tuple(steps))
+    return CellSpec(arm, seed, told, tuple(steps))
 
 
 def _axis_settings(matrix: Mapping[str, Json], step_id: str, is_short: bool) -> Iterator[tuple[str, Json]]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from temper.core.errors import DataError
 from temper.core.types import Row
+from temper.run.axes import own_choices
 from temper.store.folders import RunFolder
 
 __all__ = ["Comparison", "compare_runs"]
@@ -80,7 +81,7 @@ def _collect(folder: RunFolder) -> Collected:
 
 
 def _matrix(row: Row) -> str:
-    return str(sorted((row.facts.get("matrix") or {}).items()))
+    return str(sorted(own_choices(row).items()))
 
 
 def _paired(a: Mapping[Place, float], b: Mapping[Place, float]) -> tuple[list[float], list[float]]:

@@ -47,7 +47,7 @@ def check_evidence(plan: Plan) -> None:
     for claim in claims:
         for arm in (claim.arm, claim.baseline):
             # An arm that a measure names itself stands after the cell's.
-            if isinstance(arm, str) and arms != {""} and arm.split("/")[0] not in arms:
+            if isinstance(arm, str) and arms != {""} and not _cell_arm(arm, arms):
                 raise ConfigError(
                     f"Claim {claim.id!r} names the arm {arm!r}, which the recipe lacks",
                     where=plan.pipeline.where,
@@ -86,10 +86,9 @@ def _records(result: RunResult, claimed: set[str]) -> Iterator[dict[str, Json]]:
 
 
 def _cell_arm(arm: str, arms: set[str]) -> str:
-    if arm in arms:
-        return arm
-    head = arm.split("/")[0]
-    return head if head in arms else ""
+    parts = arm.split("/")
+    heads = ("/".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((head for head in heads if head in arms), "")
 
 
 def condition(cell: Cell) -> str:

@@ -17,6 +17,7 @@ from temper.core.spec import SystemSpec, parse_system
 from temper.core.types import Json
 from temper.run.against import UNATTACKED
 from temper.run.artefact_paths import artefact_digest, base_identity, locate
+from temper.run.axes import is_attack_axis
 from temper.run.budgets import attack_of
 from temper.run.cells import CellSpec, StepSpec, expand
 from temper.run.checks import check_extras, check_kind, check_verb, wants_system
@@ -188,6 +189,7 @@ def _check_rank(pipeline: Pipeline, cells: Sequence[CellSpec]) -> None:
     """What the arms are to be ranked by will be measured: said before the run, not behind it."""
     steps = [spec.step for cell in cells for spec in cell.steps]
     attacks = dict.fromkeys(attack_of(step.label["against"]) for step in steps if "against" in step.label)
+    attacks |= {c.matrix[key]: None for c in cells for key in c.matrix if is_attack_axis(key)}
     measures = dict.fromkeys(step.id for step in steps if step.verb == "measure")
     check_columns(
         pipeline.rank, [name for name in attacks if name != UNATTACKED], list(measures), pipeline.where

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from temper.core.errors import ConfigError, DataError, nearest
 from temper.core.types import Json, Row
+from temper.run.axes import attack_chosen, each_once
 from temper.run.budgets import attack_of
 
 __all__ = [
@@ -51,7 +52,7 @@ class Column:
     split: str = ""
     """The part of the data, where several have the metric."""
     under: str = ""
-    """The attack, named as in the map of attacks; "" = unattacked."""
+    """The attack, named as in the map of attacks; "" = unattacked, and of an axis over attacks all of them."""
     better: Literal["higher", "lower", ""] = ""
     """"" = as the metric's rows say."""
 
@@ -148,7 +149,7 @@ class _Found(NamedTuple):
 
 def rank_arms(rows: Iterable[Row], columns: Sequence[Column]) -> Ranking | None:
     """The ranking; None with fewer than two arms. Raises DataError for a column without rows or without a direction."""
-    rows = list(rows)
+    rows = each_once(rows)
     found = [_found(rows, column) for column in columns]
     arms = list(dict.fromkeys(arm for by_arm in found for arm in by_arm))
     if len(arms) < 2:
@@ -212,7 +213,7 @@ def _found(rows: Sequence[Row], column: Column) -> dict[str, _Found]:
 
 def _is_of(row: Row, column: Column) -> bool:
     label = row.facts.get("against")
-    attack = attack_of(label) if label else ""
+    attack = attack_of(label) if label else attack_chosen(row) if column.under else ""
     if label and not label["defended"]:
         return False
     return (

@@ -13,6 +13,7 @@ from temper.core.card import VERBS, Verb
 from temper.core.errors import ConfigError, nearest
 from temper.core.registry import find, load_card
 from temper.core.types import Json
+from temper.run.axes import parse_matrix, with_methods
 from temper.run.budgets import parse_budget
 from temper.run.ranking import Column, parse_rank
 from temper.run.strict_yaml import load_yaml
@@ -170,13 +171,15 @@ def parse_recipe(document: Mapping[str, Json], *, name: str, where: str, method:
     else:
         steps = (_short_step(document, method, where),)
     steps = _with_against(steps, document.get("against"), where)
+    matrix = parse_matrix(document.get("matrix"), steps, where)
+    arms, matrix = with_methods(_arms(document.get("arms"), steps, where), matrix, where)
     return Pipeline(
         name=_text(document.get("name"), f"{where}: name") or name,
         where=where,
         method=method,
         steps=steps,
-        arms=_arms(document.get("arms"), steps, where),
-        matrix=_matrix(document.get("matrix"), where),
+        arms=arms,
+        matrix=matrix,
         system=_text(document.get("system"), f"{where}: system"),
         data=_data(document.get("data"), f"{where}: data"),
         limit=_limit(document.get("limit"), where),
@@ -336,19 +339,6 @@ def _changed(step: Step, change: Mapping[str, Json], where: str) -> Step:
     # Settings meant for one method say nothing to another.
     keep = step.settings if changed.method == step.method else {}
     return dataclasses.replace(changed, settings=keep)
-
-
-def _matrix(raw: Json, where: str) -> Mapping[str, tuple[Json, ...]]:
-    out: dict[str, tuple[Json, ...]] = {}
-    for key, values in _mapping(raw or {}, f"{where}: matrix").items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(
-                f"matrix {key!r} is not a list", where=where, cure="Write e.g. seed: [0, 1, 2]."
-            )
-        out[key] = tuple(values)
-    if bad := [s for s in out.get("seed", ()) if not isinstance(s, int) or isinstance(s, bool) or s < 0]:
-        raise ConfigError(f"Seed {bad[0]!r} is not a whole number >= 0", where=f"{where}: matrix")
-    return out
 
 
 def _options(raw: Json, where: str) -> Mapping[str, Json]:

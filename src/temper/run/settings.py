@@ -47,7 +47,7 @@ def step_config(
     """The step's config and where each value came from; raises ConfigError for a key no one reads."""
     layers: list[tuple[str, Mapping[str, Any]]] = [(f"{where}, step {step.id}", step.settings)]
     if arm_settings:
-        layers.append((f"arm {arm}", arm_settings))
+        layers.append((f"arm {arm}" if arm else "matrix", arm_settings))
     if matrix:
         layers.append(("matrix", matrix))
     if sets:
