@@ -93,7 +93,7 @@ def _choices(values: Sequence[Json], verb: Verb, where: str) -> tuple[Choice, ..
     named = []
     for choice in found:
         same = [other.settings for other in found if other.method == choice.method]
-        told = {k: v for k, v in choice.settings.items() if any(o.get(k, None) != v for o in same)}
+        told = {k: v for k, v in choice.settings.items() if any(o.get(k) != v for o in same)}
         named.append(choice._replace(name=" ".join([choice.method, *(f"{k}={v}" for k, v in told.items())])))
     names = [choice.name for choice in named]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -165,7 +165,7 @@ def attack_chosen(row: Row) -> str:
 
 
 def own_choices(row: Row) -> dict[str, Json]:
-    """The row's choices of the matrix, without attacks of other steps: those leave nothing that it could rest on."""
+    """The row's choices of the matrix, without attacks of other steps, which decide their own rows alone."""
     own = f"{row.facts.get('step')}.attack"
     chosen = (row.facts.get("matrix") or {}).items()
     return {key: value for key, value in chosen if key == own or not is_attack_axis(key)}
