@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from temper.core.types import Row, Run
 from temper.data.schemas import Data, Dialogue
 from temper.methods.unlearning.npo.card import Config
 from temper.methods.unlearning.npo.reference import Reference, load_reference
 from temper.ops import stats
-from temper.ops.batching import Example, collate, encode, plan_batches
-from temper.ops.logprobs import position_logits, response_logprobs
+from temper.ops.batching import Batch, Example, collate, encode, plan_batches
+from temper.ops.logprobs import position_logit_chunks, response_logprobs
 from temper.ops.membership import min_k
 from temper.ops.precision import autocast, eval_mode
 from temper.ops.tofu_metrics import fluency_rows, raw_rows, write_examples
@@ -101,18 +102,22 @@ def answer_tokens(system: CausalLM, examples: Sequence[Example], run: Run) -> li
     plan = plan_batches([len(example.ids) for example in examples], run)
     for rows in run.ticker(plan, total=len(plan), label="answers"):
         batch = collate([examples[row] for row in rows], system.pad_id, system.device, rows=rows)
-        scored_BT = batch.scored_BT[:, 1:]
-        with eval_mode(system.model), torch.no_grad(), autocast(run):
-            logits_SV = position_logits(system.model, batch, torch.nn.functional.pad(scored_BT, (0, 1)))
-        target_S = batch.ids_BT[:, 1:][scored_BT]
-        logp_S = logits_SV.gather(-1, target_S[:, None])[:, 0] - logits_SV.logsumexp(-1)
-        greedy_S = logits_SV.argmax(-1) == target_S
-        sizes = scored_BT.sum(1).tolist()
-        for row, logp, greedy in zip(
-            rows, logp_S.cpu().split(sizes), greedy_S.cpu().split(sizes), strict=True
-        ):
-            found[row] = Answer(logp, greedy)
+        for row, answer in zip(rows, _batch_answers(system, batch, run), strict=True):
+            found[row] = answer
     return found
+
+
+def _batch_answers(system: CausalLM, batch: Batch, run: Run) -> list[Answer]:
+    scored_BT = batch.scored_BT[:, 1:]
+    rest_S, sizes = batch.ids_BT[:, 1:][scored_BT], scored_BT.sum(1).tolist()
+    logp, greedy = [], []
+    with eval_mode(system.model), torch.no_grad(), autocast(run):
+        for logits_CV in position_logit_chunks(system.model, batch, F.pad(scored_BT, (0, 1))):
+            target_C, rest_S = rest_S[: len(logits_CV)], rest_S[len(logits_CV) :]
+            logp.append(logits_CV.gather(-1, target_C[:, None])[:, 0] - logits_CV.logsumexp(-1))
+            greedy.append(logits_CV.argmax(-1) == target_C)
+    rows = zip(torch.cat(logp).cpu().split(sizes), torch.cat(greedy).cpu().split(sizes), strict=True)
+    return [Answer(*row) for row in rows]
 
 
 def wrong_answers(record: Dialogue) -> list[str]:

@@ -110,6 +110,26 @@ def test_split_scores_are_what_the_model_says(system: Any, people: Data) -> None
     )
 
 
+def test_answers_do_not_depend_on_how_many_positions_are_read_at_once(
+    system: Any, people: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [encode(system, record, train_on="last") for record in people["forget"]]
+    whole = metrics.answer_tokens(system, rows, Run())
+    monkeypatch.setattr("temper.ops.logprobs.CHUNK_LOGITS", 7 * system.num_embeddings)
+    for answer, chunked, row in zip(whole, metrics.answer_tokens(system, rows, Run()), rows, strict=True):
+        assert len(answer.logp_T) == sum(row.scored)
+        assert torch.allclose(chunked.logp_T, answer.logp_T, atol=1e-5)
+        assert torch.equal(chunked.greedy_T, answer.greedy_T)
+        with torch.no_grad():
+            logits_TV = system.model(torch.tensor([row.ids]), use_cache=False).logits[0, :-1]
+        logp_TV, scored = logits_TV.log_softmax(-1), torch.tensor(row.scored[1:])
+        target_T = torch.tensor(row.ids[1:])
+        assert torch.allclose(
+            answer.logp_T, logp_TV[torch.arange(len(target_T)), target_T][scored], atol=1e-5
+        )
+        assert torch.equal(answer.greedy_T, (logp_TV.argmax(-1) == target_T)[scored])
+
+
 def test_report_has_items_and_means(report: list[Row]) -> None:
     for split in ("forget", "retain", "holdout", "neighbours", "world_facts"):
         for metric in ("probability", "rouge", "truth_ratio", "repetition", "exact_memorisation"):
