@@ -1,4 +1,4 @@
-"""tar: losses by hand, the red team's report, the facts, the cost, bad input; the training is in test_tar_training.py."""
+"""Tamper resistance: losses by hand, the red team's report, the facts, the cost, bad input."""
 
 import logging
 import math
@@ -9,8 +9,9 @@ import torch
 from temper.core import config as settings_of
 from temper.core.errors import ConfigError, DataError, NumericsError
 from temper.core.types import Message, Run
-from temper.data.schemas import Data, Dialogue, Preference, Text
+from temper.data.schemas import Data, Dialogue, Text
 from temper.methods.hardening.tar.card import CARD, Config, num_passes, step_weight
+from temper.methods.hardening.tar.conftest import MEASURE, PAIRS, SMALL, example, size
 from temper.methods.hardening.tar.facts import FIELDS, VALUES
 from temper.methods.hardening.tar.losses import (
     EntropyObjective,
@@ -22,45 +23,10 @@ from temper.methods.hardening.tar.losses import (
 )
 from temper.methods.hardening.tar.method import estimate, fit, make, measure
 from temper.methods.hardening.tar.redteam import recovery
-from temper.ops.batching import Example
 from temper.ops.inner_loop import gradient
 from temper.systems.loading import load_base
 
-SMALL = {
-    "mapping_steps": 0, "num_steps": 2, "inner_steps": 2, "inner_every": 1, "lr": 1e-2, "adversary_lrs": (1e-2,),
-    "batch_rows": 3, "adversary_rows": 2, "warmup_steps": 0,
-}  # fmt: skip
-PAIRS = [
-    Preference(
-        (Message("user", f"Tell me about the {word}."),),
-        "Sorry, I can't.",
-        f"Sure, the {word} is here.",
-        id=word,
-    )
-    for word in ("fox", "boat", "mill", "stream")
-]
-MEASURE = {"attack_steps": 2, "look_every": 1, "attack_lrs": (1e-3,), "attack_rows": 2, "attack_rank": 2}
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make(None, Data({}), Config(num_facts=6), Run(seed=1))
-
-
-@pytest.fixture
-def system():
-    return load_base("tiny:llama")
-
-
-def example(*ids):
-    return Example(list(ids), [False] + [True] * (len(ids) - 1))
-
-
-def size(row):
-    return len(row.ids)
-
-
-# -- losses
+# ---- losses
 
 
 def test_entropy_by_hand():
@@ -146,7 +112,7 @@ def test_weights_of_the_attacks_steps():
     assert step_weight(5, Config(inner_steps=64, weighting="uniform")) == 1 / 64
 
 
-# -- red teaming
+# ---- red teaming
 
 
 def test_the_report_adds_up(system, data):
@@ -205,7 +171,7 @@ def test_the_facts():
     assert len({way for ways in FIELDS.values() for way in ways}) == 6
 
 
-# -- cost and bad input
+# ---- cost and bad input
 
 
 def test_the_cost_is_said_before_work_begins(system, data, caplog):

@@ -1,4 +1,4 @@
-"""tar: adversaries, the outer step's gradient, that attacks leave no trace, and the departures of the training."""
+"""Adversaries, the outer step's gradient, that attacks leave no trace, and the departures of the training."""
 
 import json
 import math
@@ -10,51 +10,17 @@ import pytest
 import torch
 
 from temper.artefacts import Tune, tuning
-from temper.core.types import Message, Run
-from temper.data.schemas import Data, Preference, Text
+from temper.core.types import Run
+from temper.data.schemas import Data, Text
 from temper.methods.hardening.tar import method, training
 from temper.methods.hardening.tar.card import Config
+from temper.methods.hardening.tar.conftest import MEASURE, PAIRS, SMALL, example, size
 from temper.methods.hardening.tar.losses import EntropyObjective
-from temper.methods.hardening.tar.method import fit, make, measure
+from temper.methods.hardening.tar.method import fit, measure
 from temper.methods.hardening.tar.training import Resistance, Rows, TamperGradient, draw_adversary
-from temper.ops.batching import Example
 from temper.ops.objectives import SftObjective
 from temper.ops.retain import RetainObjective
 from temper.ops.train import TrainSettings, train
-from temper.systems.loading import load_base
-
-SMALL = {
-    "mapping_steps": 0, "num_steps": 2, "inner_steps": 2, "inner_every": 1, "lr": 1e-2, "adversary_lrs": (1e-2,),
-    "batch_rows": 3, "adversary_rows": 2, "warmup_steps": 0,
-}  # fmt: skip
-PAIRS = [
-    Preference(
-        (Message("user", f"Tell me about the {word}."),),
-        "Sorry, I can't.",
-        f"Sure, the {word} is here.",
-        id=word,
-    )
-    for word in ("fox", "boat", "mill", "stream")
-]
-MEASURE = {"attack_steps": 2, "look_every": 1, "attack_lrs": (1e-3,), "attack_rows": 2, "attack_rank": 2}
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make(None, Data({}), Config(num_facts=6), Run(seed=1))
-
-
-@pytest.fixture
-def system():
-    return load_base("tiny:llama")
-
-
-def example(*ids):
-    return Example(list(ids), [False] + [True] * (len(ids) - 1))
-
-
-def size(row):
-    return len(row.ids)
 
 
 def tensors(artefact):
@@ -65,7 +31,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# -- adversaries
+# ---- adversaries
 
 
 def labelled():
@@ -122,7 +88,7 @@ def test_where_a_switch_lies():
     assert only.source == "switch"
 
 
-# -- the outer step
+# ---- the outer step
 
 
 def tamper_of(tuned, rows, **changes):
