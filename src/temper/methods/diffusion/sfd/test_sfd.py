@@ -12,27 +12,14 @@ from temper.artefacts import Stack, Weights, load_artefact
 from temper.core.errors import ConfigError, DataError, ModelError, NumericsError
 from temper.core.types import Run
 from temper.data.schemas import Data, Labelled, Text
-from temper.methods.diffusion.sfd import distil, losses, quality
+from temper.methods.diffusion.sfd import distil, losses
 from temper.methods.diffusion.sfd.card import Config
+from temper.methods.diffusion.sfd.conftest import EMPTY, QUICK, tiny
 from temper.methods.diffusion.sfd.method import fit, measure, problem_of
 from temper.ops.diffusion import counting, snr
 from temper.systems.diffusion import Diffusion, load_diffusion
 from temper.systems.noise import eps_from_v, level
 from temper.systems.wanted import Wanted
-
-QUICK: dict[str, Any] = {
-    "num_steps": 2,
-    "batch_rows": 4,
-    "lr": 1e-3,
-    "fake_lr": 1e-3,
-    "ema": 0.0,
-    "bank_rows": 4,
-}
-EMPTY = Data({})
-
-
-def tiny() -> Diffusion:
-    return load_diffusion("tiny:unet", Wanted())
 
 
 def distiller(system: Diffusion, **settings: Any) -> Any:
@@ -379,21 +366,3 @@ def test_relabel_has_no_pictures_for_a_classifier_to_see(mode: str) -> None:
 def test_untouched_is_for_the_toy() -> None:
     with pytest.raises(ConfigError, match="untouched"):
         fit(tiny(), EMPTY, Config(**QUICK, objective="untouched"), Run())
-
-
-# the measurement
-
-
-def wanted_of(shows: list[int]) -> quality.Wanted:
-    return quality.Wanted(tuple(shows), torch.tensor(shows), ("a", "b", "c"), 0, 1)
-
-
-def test_rates_by_hand() -> None:
-    """Asked a a b b c; seen a b b c c."""
-    scores = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 2, 2]), 3).float() * 50
-    rows = {(r.metric, r.group): r.value for r in quality.rate_rows(scores, wanted_of([0, 0, 1, 1, 2]))}
-    assert rows["forget_rate", ""] == rows["unlearning_accuracy", ""] == rows["override_rate", ""] == 0.5
-    assert rows["retain_rate", ""] == pytest.approx(2 / 3)
-    assert (rows["class_rate", "b"], rows["class_rate", "c"]) == (0.5, 1.0)
-    assert rows["forget_entropy_nats", ""] == pytest.approx(0, abs=1e-6)
-    assert rows["forget_probability", ""] == pytest.approx(0.5, abs=1e-6)

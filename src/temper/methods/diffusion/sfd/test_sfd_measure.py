@@ -1,9 +1,8 @@
-"""What is measured: the detector, real pictures, strips of drawings, and the toy."""
+"""What is measured: rates by hand, the detector, real pictures, strips of drawings, and the toy."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
@@ -13,23 +12,24 @@ from temper.core.types import Run
 from temper.data.schemas import Data, Labelled
 from temper.methods.diffusion.sfd import method, quality, toy
 from temper.methods.diffusion.sfd.card import Config
+from temper.methods.diffusion.sfd.conftest import EMPTY, QUICK, tiny
 from temper.methods.diffusion.sfd.method import SLUG, measure
-from temper.systems.diffusion import Condition, Diffusion, load_diffusion
-from temper.systems.wanted import Wanted
-
-QUICK: dict[str, Any] = {
-    "num_steps": 2,
-    "batch_rows": 4,
-    "lr": 1e-3,
-    "fake_lr": 1e-3,
-    "ema": 0.0,
-    "bank_rows": 4,
-}
-EMPTY = Data({})
+from temper.systems.diffusion import Condition
 
 
-def tiny() -> Diffusion:
-    return load_diffusion("tiny:unet", Wanted())
+def wanted_of(shows: list[int]) -> quality.Wanted:
+    return quality.Wanted(tuple(shows), torch.tensor(shows), ("a", "b", "c"), 0, 1)
+
+
+def test_rates_by_hand() -> None:
+    """Asked a a b b c; seen a b b c c."""
+    scores = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 2, 2]), 3).float() * 50
+    rows = {(r.metric, r.group): r.value for r in quality.rate_rows(scores, wanted_of([0, 0, 1, 1, 2]))}
+    assert rows["forget_rate", ""] == rows["unlearning_accuracy", ""] == rows["override_rate", ""] == 0.5
+    assert rows["retain_rate", ""] == pytest.approx(2 / 3)
+    assert (rows["class_rate", "b"], rows["class_rate", "c"]) == (0.5, 1.0)
+    assert rows["forget_entropy_nats", ""] == pytest.approx(0, abs=1e-6)
+    assert rows["forget_probability", ""] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_a_detector_goes_by_names_or_by_order() -> None:
