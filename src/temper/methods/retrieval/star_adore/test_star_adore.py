@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,9 @@ from temper.core.types import Run
 from temper.data.retrieval import corpus_of, questions_of
 from temper.data.schemas import Data, Ranking, Text
 from temper.methods.retrieval.star_adore.card import STAGES, Config
+from temper.methods.retrieval.star_adore.conftest import PAIRS, items_of, pairs, quick
 from temper.methods.retrieval.star_adore.losses import lambda_rank_loss, rank_values
-from temper.methods.retrieval.star_adore.method import fit, prepare
+from temper.methods.retrieval.star_adore.method import fit
 from temper.methods.retrieval.star_adore.training import (
     AdoreObjective,
     Asked,
@@ -32,47 +32,7 @@ from temper.ops.contrast import ContrastObjective, pairwise_loss
 from temper.ops.corpus_index import index_corpus
 from temper.ops.embed import vectors
 from temper.ops.objectives import SumCount
-from temper.systems.loading import load_base
 from temper.systems.sentence_layout import Layout
-
-PAIRS = [
-    ("the fox", "a fox went to read in the valley"),
-    ("the old mill", "the mill stood beside the stream"),
-    ("one and one", "two"),
-    ("a story", "please write a short story about a lighthouse"),
-    ("the weather", "tell me about the weather in the valley"),
-    ("the letter", "who wrote the letter ?"),
-]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def system() -> Any:
-    return load_base("tiny:bert")
-
-
-def pairs(part: str = "train", num: int = 6) -> Data:
-    rows = [Ranking(query, text, id=f"q{n}") for n, (query, text) in enumerate(PAIRS[:num])]
-    return Data({part: rows})
-
-
-def quick(**changes: Any) -> Config:
-    settings = {
-        "batch_rows": 4, "max_steps": 3, "warmup_steps": 0, "lr": 1e-2, "num_hard": 3, "top_k": 4,
-        "query_tokens": 12, "document_tokens": 24,
-    }  # fmt: skip
-    return Config(**{**settings, **changes})
-
-
-def items_of(system: Any, config: Config, *, epoch: int = 0) -> list[Any]:
-    corpus = corpus_of(pairs())
-    questions = questions_of(pairs().records("train", Ranking), corpus)
-    return star_items(prepare(system, questions, corpus, config, Run()), config, 0, epoch)
-
 
 # ---- the maths
 

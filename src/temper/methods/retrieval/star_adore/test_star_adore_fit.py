@@ -17,22 +17,12 @@ from temper.core.errors import ConfigError, DataError, ModelError
 from temper.core.types import Row, Run
 from temper.data.schemas import Data, Ranking
 from temper.methods.retrieval.star_adore.card import Config
+from temper.methods.retrieval.star_adore.conftest import PAIRS, items_of, pairs, quick
 from temper.methods.retrieval.star_adore.method import fit, measure
-from temper.methods.retrieval.star_adore.test_star_adore import PAIRS, items_of, pairs, quick
 from temper.methods.retrieval.star_adore.training import scale_of
 from temper.ops.contrast import ContrastObjective, pairwise_loss
 from temper.ops.embed import embed
 from temper.systems.loading import load_base
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def system() -> Any:
-    return load_base("tiny:bert")
 
 
 def mean_loss(system: Any, config: Config) -> float:
