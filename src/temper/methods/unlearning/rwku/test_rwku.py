@@ -10,32 +10,13 @@ from sklearn.metrics import roc_auc_score
 import temper
 from temper.core.errors import DataError, TemperError
 from temper.core.types import Message, Row, Run
-from temper.data.loading import load_data
 from temper.data.schemas import Choice, Data, Dialogue, Text
 from temper.methods.unlearning.rwku import scoring, utility
 from temper.methods.unlearning.rwku.card import Config
-from temper.methods.unlearning.rwku.method import fit, make, measure
+from temper.methods.unlearning.rwku.conftest import FAST
+from temper.methods.unlearning.rwku.method import fit, measure
 from temper.ops.generate import Sampling, generate
 from temper.ops.membership import ATTACKS, membership_scores
-from temper.systems.loading import load_base
-
-FAST = Config(reply_tokens=3, reason_tokens=3, fluency_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def system() -> Any:
-    return load_base("tiny:llama")
-
-
-@pytest.fixture(scope="module")
-def people() -> Data:
-    parts = ("forget", "retain", "holdout", "world_facts")
-    return load_data("builtin:people", dict.fromkeys(parts, "Dialogue"), limit=8)
-
-
-@pytest.fixture(scope="module")
-def probes(people: Data) -> Data:
-    return make(None, people, Config(num_facts=2, num_utility=3), Run())
 
 
 def probe(query: str, answer: str = "Ruskmere", kind: str = "", **extra: Any) -> Dialogue:

@@ -14,28 +14,9 @@ from temper.data.loading import load_data, write_jsonl
 from temper.data.schemas import Choice, Data, Dialogue
 from temper.methods.unlearning.rwku import standin
 from temper.methods.unlearning.rwku.card import PARTS, Config
+from temper.methods.unlearning.rwku.conftest import FAST
 from temper.methods.unlearning.rwku.method import make, measure
 from temper.methods.unlearning.rwku.published import load_folder
-from temper.systems.loading import load_base
-
-FAST = Config(reply_tokens=3, reason_tokens=3, fluency_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def system() -> Any:
-    return load_base("tiny:llama")
-
-
-@pytest.fixture(scope="module")
-def people() -> Data:
-    parts = ("forget", "retain", "holdout", "world_facts")
-    return load_data("builtin:people", dict.fromkeys(parts, "Dialogue"), limit=8)
-
-
-@pytest.fixture(scope="module")
-def probes(people: Data) -> Data:
-    return make(None, people, Config(num_facts=2, num_utility=3), Run())
-
 
 # ---- the stand-in
 
