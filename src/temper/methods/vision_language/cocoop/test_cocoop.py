@@ -14,8 +14,7 @@ from temper.artefacts import load_artefact
 from temper.core.errors import ConfigError, DataError
 from temper.core.types import Run
 from temper.data.schemas import Data
-from temper.data.worlds import load_world
-from temper.methods.vision_language.cocoop.card import Config
+from temper.methods.vision_language.cocoop.conftest import quick, shapes
 from temper.methods.vision_language.cocoop.learner import (
     FewShot,
     LearnedPrompts,
@@ -27,32 +26,10 @@ from temper.methods.vision_language.cocoop.learner import (
 from temper.methods.vision_language.cocoop.method import fit, learn, measure
 from temper.methods.vision_language.cocoop.prompts import build_prompts, fill, readable
 from temper.methods.vision_language.cocoop.protocols import class_names, draw_shots
-from temper.systems.dual_encoder import DualEncoder, load_dual_encoder
-from temper.systems.wanted import Wanted
+from temper.systems.dual_encoder import DualEncoder
 
 NAMES = ("red star", "blue ring", "small orange bar")
 WORDS = "a photo of a"
-
-
-@pytest.fixture
-def system() -> DualEncoder:
-    return load_dual_encoder("tiny:clip", Wanted())
-
-
-def quick(**changes: Any) -> Config:
-    settings: dict[str, Any] = {
-        "shots": 2,
-        "num_epochs": 2,
-        "batch_rows": 4,
-        "lr": 0.1,
-        "ending": "",
-        "augment": False,
-    }
-    return Config(**(settings | changes))
-
-
-def shapes(limit: int = 20, part: str = "train") -> Data:
-    return Data({part: load_world(f"captions:DOM32:flat:{part}", limit)[part]})
 
 
 def word_context(system: DualEncoder, words: str = WORDS) -> torch.Tensor:

@@ -19,16 +19,10 @@ from temper.methods.vision_language.cocoop.explain import nearest_words, shifts,
 from temper.methods.vision_language.cocoop.figures import HEAT, MAPS, SHIFTS, WORDS, heated
 from temper.methods.vision_language.cocoop.learner import LearnedPrompts, PromptLearner
 from temper.methods.vision_language.cocoop.method import fit, measure
-from temper.systems.dual_encoder import DualEncoder, load_dual_encoder
-from temper.systems.wanted import Wanted
+from temper.systems.dual_encoder import DualEncoder
 
 NAMES = ("red star", "blue ring", "green bar")
 SETTINGS = {"position": "end", "ending": "", "names": list(NAMES), "chunk_prompts": 2000}
-
-
-@pytest.fixture
-def system() -> DualEncoder:
-    return load_dual_encoder("tiny:clip", Wanted())
 
 
 def words(system: DualEncoder, text: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from temper.data.pictures import Picture
 from temper.data.schemas import Data, Labelled
 from temper.data.worlds import load_world
 from temper.methods.vision_language.cocoop.card import Config
+from temper.methods.vision_language.cocoop.conftest import quick, shapes
 from temper.methods.vision_language.cocoop.method import fit, measure
 from temper.methods.vision_language.cocoop.probe import probe_accuracy
 from temper.methods.vision_language.cocoop.protocols import (
@@ -25,30 +26,7 @@ from temper.methods.vision_language.cocoop.protocols import (
     harmonic_mean,
     split_classes,
 )
-from temper.systems.dual_encoder import DualEncoder, load_dual_encoder
-from temper.systems.wanted import Wanted
-
-
-@pytest.fixture
-def system() -> DualEncoder:
-    return load_dual_encoder("tiny:clip", Wanted())
-
-
-def quick(**changes: Any) -> Config:
-    settings: dict[str, Any] = {
-        "shots": 2,
-        "num_epochs": 2,
-        "batch_rows": 4,
-        "lr": 0.1,
-        "ending": "",
-        "augment": False,
-    }
-    return Config(**(settings | changes))
-
-
-def shapes(limit: int = 20, part: str = "train") -> Data:
-    return Data({part: load_world(f"captions:DOM32:flat:{part}", limit)[part]})
-
+from temper.systems.dual_encoder import DualEncoder
 
 # ---- protocols
 
