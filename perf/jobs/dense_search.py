@@ -20,7 +20,10 @@ def inputs() -> dict[str, int]:
 
 
 def vectors(given: Any) -> tuple[Any, Any]:
-    """Unit vectors scattered around centres, as embeddings are: the corpus and the queries."""
+    """Unit vectors scattered around centres, as embeddings are: the corpus and the queries.
+
+    Each side draws them before it imports its library, so the drawing is in nobody's peak.
+    """
     import numpy as np
 
     draw = np.random.default_rng(given["seed"])
@@ -47,22 +50,23 @@ def _measured(search: Any, queries_ND: Any, *, alone: bool) -> Measured:
 
 
 def ours(given: Any, *, alone: bool = False) -> Measured:
+    arrays = vectors(given)
     import torch
 
     from temper.core.types import Run
     from temper.ops.retrieve import build_index, search
 
-    corpus_MD, queries_ND = (torch.from_numpy(array) for array in vectors(given))
+    corpus_MD, queries_ND = map(torch.from_numpy, arrays)
     run = Run(precision="bf16")
     index = build_index(corpus_MD, run)
     return _measured(lambda queries: search(queries, index, K, run), queries_ND, alone=alone)
 
 
 def faiss(given: Any, *, alone: bool = False) -> Measured:
+    corpus_MD, queries_ND = vectors(given)
     import faiss
 
     faiss.omp_set_num_threads(threads())
-    corpus_MD, queries_ND = vectors(given)
     index = faiss.IndexFlatIP(WIDTH)
     index.add(corpus_MD)
     return _measured(lambda queries: index.search(queries, K), queries_ND, alone=alone)
@@ -70,9 +74,10 @@ def faiss(given: Any, *, alone: bool = False) -> Measured:
 
 def torch_topk(given: Any) -> Measured:
     """What one writes without a library: a product and a top-k, in batches."""
+    arrays = vectors(given)
     import torch
 
-    corpus_MD, queries_ND = (torch.from_numpy(array) for array in vectors(given))
+    corpus_MD, queries_ND = map(torch.from_numpy, arrays)
 
     def search(queries: Any) -> tuple[Any, Any]:
         parts = [(part @ corpus_MD.T).topk(K, dim=1) for part in queries.split(BATCH)]

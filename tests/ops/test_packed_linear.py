@@ -1,5 +1,8 @@
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from temper.core.types import Run
@@ -42,6 +45,31 @@ def test_afterwards_and_after_an_error_the_model_is_as_it_was():
         model(torch.randn(4, 3))
     assert torch.equal(model(x), want)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def test_weights_of_a_file_are_in_memory_once_and_come_back(tmp_path, monkeypatch):
+    model, x = build(), torch.randn(4, 160)
+    want = model(x)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    gone = []
+    monkeypatch.setattr(packed_linear.MappedFiles, "let_go", watched(packed_linear.MappedFiles.let_go, gone))
+    with packed_linears(model, 4):
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model[0].weight, load_file(tmp_path / "model.safetensors")["0.weight"])
+    with pytest.raises(RuntimeError), packed_linears(model, 4):
+        model(torch.randn(4, 3))
+    assert set(gone) == {sys.platform.startswith("linux")}
+    assert torch.equal(model(x), want)
+
+
+def watched(function, seen):
+    def call(*args):
+        seen.append(function(*args))
+        return seen[-1]
+
+    return call
 
 
 def test_only_float32_below_the_size_limit_is_packed(monkeypatch):

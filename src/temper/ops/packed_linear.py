@@ -2,8 +2,9 @@
 
 A decoding step multiplies few rows by every weight of the model, and the default library lays the
 weights out anew at each product. Laid out once by oneDNN the same product takes from 0.9 (64
-rows) down to 0.45 (5 rows) of the time (one core, AVX-512), in float32 with float32 sums. The
-price is a second copy of the weights while the block lasts, so larger models go without.
+rows) down to 0.45 (5 rows) of the time (one core, AVX-512), in float32 with float32 sums. Weights
+that are mapped from a file leave memory when they are laid out, and come back when somebody reads
+them; of others there are two copies while the block lasts, so larger models go without.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from temper.systems.mapped_files import MappedFiles
 
 __all__ = ["packed_linears"]
 
@@ -32,9 +35,13 @@ def packed_linears(model: nn.Module, num_rows: int) -> Iterator[int]:
     chosen: list[Any] = [module for module in model.modules() if _fits(module)]
     if not torch.backends.mkldnn.is_available() or sum(m.weight.nbytes for m in chosen) > MAX_BYTES:
         chosen = []
+    files = MappedFiles()
     try:
         for module in chosen:
+            files.let_go(module.weight)
+        for module in chosen:
             module.forward = _packed_forward(module, num_rows)
+            files.let_go(module.weight)
         yield len(chosen)
     finally:
         for module in chosen:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -50,6 +50,8 @@ MIN_KEPT = 16
 """Fewer tokens in common are not worth a forward pass of their own."""
 COPY_COST = 4
 """Kept tokens, copied in front of each pack of a batch, that take up the room of one new token."""
+CPU_TOKENS = 1024
+"""Tokens of one pass on a CPU: more make it no faster, and their activations take up memory."""
 REPACK_FROM_TOKENS = 4096
 """So many tokens in all repay laying out the weights for oneDNN."""
 
@@ -73,7 +75,7 @@ def reading(system: CausalLM, run: Run, num_tokens: int) -> Iterator[None]:
         if run.exact or run.precision != "float32" or num_tokens < REPACK_FROM_TOKENS:
             yield
             return
-        with packed_linears(system.model, run.batch_tokens):
+        with packed_linears(system.model, min(run.batch_tokens, CPU_TOKENS)):
             yield
 
 
@@ -85,6 +87,8 @@ def tree_passes(
     Tokens after a row's last such position are left out. In exact mode, under hooks, and where a probe shows that
     the model cannot do it, nothing is shared; in exact mode every row runs alone.
     """
+    if torch.device(system.device).type == "cpu":
+        run = replace(run, batch_tokens=min(run.batch_tokens, CPU_TOKENS))
     order = sorted(range(len(rows)), key=lambda row: list(rows[row][: at[row][-1] + 1]))
     tree = _Tree([list(rows[row][: at[row][-1] + 1]) for row in order], [list(at[row]) for row in order])
     longest = max(map(len, tree.rows), default=0)

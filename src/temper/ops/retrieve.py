@@ -22,7 +22,7 @@ __all__ = ["DenseIndex", "Found", "build_index", "search"]
 
 SCORES = 1 << 20
 """Scores of one product: they stay in a core's cache while their maxima are taken."""
-QUERIES = 256
+QUERIES = 128
 """Queries of one product."""
 ROWS = 4096
 """Items converted at a time."""
@@ -30,7 +30,7 @@ ITEMS = 1 << 17
 """Items whose rough scores are kept at a time."""
 BLOCK = 64
 """Items that share one maximum."""
-PAIRS = 4096
+PAIRS = 1024
 """Query-item pairs scored exactly at a time."""
 
 

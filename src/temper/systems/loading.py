@@ -16,6 +16,7 @@ from temper.systems.base import System
 from temper.systems.causal_lm import CausalLM
 from temper.systems.chat import Chat
 from temper.systems.encoder import Encoder
+from temper.systems.freed_memory import trim_heap
 from temper.systems.memory import check_memory, header_count
 from temper.systems.names import (
     FORMS,
@@ -87,6 +88,7 @@ def load_base(
         chat = Chat.from_file(tokenizer, chat_template, system_prompt, plain=plain)
     _check_sizes(model, tokenizer, name)
     _check_end_of_turn(chat)
+    trim_heap()  # reading a tokenizer leaves some 30 MB behind
     return CausalLM(model, tokenizer, chat, wanted.device, spec=name)
 
 
