@@ -260,20 +260,24 @@ def next_token_logits(
     ids_K = (
         None if columns is None else torch.as_tensor(list(columns), dtype=torch.long, device=system.device)
     )
-    logits: list[Tensor] = [torch.zeros(0)] * len(prompts_ids)
-    totals, tops = torch.zeros(len(logits)), torch.zeros(len(logits), dtype=torch.long)
+    num = len(prompts_ids)
+    out, totals, tops = torch.zeros(num, len(columns or ())), torch.zeros(num), torch.zeros(num).long()
     with reading(system, run, sum(map(len, prompts_ids))):
         for one in tree_passes(
             system, prompts_ids, [[len(ids) - 1] for ids in prompts_ids], run, "first tokens"
         ):
-            logits_SV = torch.cat(list(_logit_chunks(system.model, one.inputs, one.at_BT)))
-            node_B = torch.cat(one.node_S)
-            if ids_K is not None:
-                logits_SV = logits_SV / temperature
-                totals[one.rows] = logits_SV.logsumexp(-1).cpu()[node_B]
-                tops[one.rows] = logits_SV.argmax(-1).cpu()[node_B]
-            kept_SK = (logits_SV if ids_K is None else logits_SV[:, ids_K]).cpu()
-            for row, node in zip(one.rows, node_B.tolist(), strict=True):
-                logits[row] = kept_SK[node]
-    stacked = torch.stack(logits) if logits else torch.zeros(0, 0 if columns is None else len(columns))
-    return stacked if columns is None else NextToken(stacked, totals, tops)
+            node_B, rows_B, start = torch.cat(one.node_S), torch.tensor(one.rows), 0
+            for logits_CV in _logit_chunks(system.model, one.inputs, one.at_BT):
+                here_B = (node_B >= start) & (node_B < start + len(logits_CV))
+                at_N, node_N = rows_B[here_B], node_B[here_B] - start
+                if ids_K is not None:
+                    logits_CV = logits_CV / temperature
+                    totals[at_N] = logits_CV.logsumexp(-1).cpu()[node_N]
+                    tops[at_N] = logits_CV.argmax(-1).cpu()[node_N]
+                kept_CK = (logits_CV if ids_K is None else logits_CV[:, ids_K]).cpu()
+                out = (
+                    out if out.shape[1] else kept_CK.new_empty(num, kept_CK.shape[1])
+                )  # the vocabulary's size
+                out[at_N] = kept_CK[node_N]
+                start += len(logits_CV)
+    return out if columns is None else NextToken(out, totals, tops)
