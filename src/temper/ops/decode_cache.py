@@ -2,13 +2,15 @@
 
 Row b of the batch lives in slot b of every layer's buffer, its text at columns 0, 1, 2...; so a
 column is a position, whatever the other rows do. A pass writes its columns in place; rows
-leave by moving the last row into their slot; buffers grow in strides. On a CPU a step attends few
-rows at a time, to no more columns than the longest of them has: prompts come longest first, so
-neighbours have similar lengths.
+leave by moving the last row into their slot; buffers grow in strides. On a CPU a buffer takes up
+memory only where rows have tokens, and a step attends few rows at a time, to no more columns than
+the longest of them has: prompts come longest first, so neighbours have similar lengths.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,6 +44,8 @@ class _Plan:
         self.key_len = 0
         self.slot_B1 = self.position_BT = torch.zeros(0, 1, dtype=torch.long)
         self.flat: dict[int, Tensor] = {}
+        self.lengths: dict[int, int] = {}
+        """Columns that hold a row's tokens, by slot."""
 
     def flat_of(self, heads: int) -> Tensor:
         """Where each row's new columns stand, a head after another, in a buffer seen as rows of one head's size."""
@@ -71,15 +75,23 @@ class _SlotLayer(CacheLayerMixin):
 
     def _buffer(self, like_BHTD: Tensor) -> Tensor:
         _, heads, _, size = like_BHTD.shape
-        return like_BHTD.new_zeros(self.plan.width, heads, self.plan.capacity, size)
+        shape = (self.plan.width, heads, self.plan.capacity, size)
+        if like_BHTD.device.type != "cpu":
+            return like_BHTD.new_zeros(shape)
+        # Fresh pages are zeros already and take up no memory until they are written.
+        num_bytes = math.prod(shape) * like_BHTD.element_size()
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=like_BHTD.dtype).view(shape)
 
     def grow(self) -> None:
         if not self.is_initialized:
             return
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:2], self.plan.capacity, old.shape[3])
-            new[:, :, : old.shape[2]] = old
+            new = self._buffer(old)
+            by_slot = old.device.type == "cpu"
+            for slot, length in self.plan.lengths.items() if by_slot else [(slice(None), old.shape[2])]:
+                new[slot, :, :length] = old[slot, :, :length]
             setattr(self, name, new)
 
     def update(
@@ -120,6 +132,7 @@ class SlotCache(Cache):
     def load(self, slot: int, keys_L: list[Tensor], values_L: list[Tensor]) -> None:
         """Put a row's prefilled states, (heads, T, size) a layer, into a slot from column 0."""
         self.reserve(keys_L[0].shape[1] + 1)
+        self.plan.lengths[slot] = keys_L[0].shape[1]
         for layer, keys_HTD, values_HTD in zip(self.slots, keys_L, values_L, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys_HTD[None], values_HTD[None])
@@ -135,6 +148,7 @@ class SlotCache(Cache):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot over another."""
+        self.plan.lengths[target] = length
         for layer in self.slots:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
@@ -144,6 +158,7 @@ class SlotCache(Cache):
         plan = self.plan
         plan.num_rows, plan.key_len = len(position_BT), max(map(max, position_BT)) + 1
         self.reserve(plan.key_len)
+        plan.lengths |= {slot: max(position_T) + 1 for slot, position_T in enumerate(position_BT)}
         plan.slot_B1 = torch.arange(len(position_BT), device=device)[:, None]
         plan.position_BT = torch.tensor(position_BT, device=device)
         plan.flat = {}
