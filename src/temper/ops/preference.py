@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from temper.core.types import Run
 from temper.data.schemas import Preference
 from temper.ops.batching import Example, collate, encode
+from temper.ops.families import Family, score_families
 from temper.ops.logprobs import Scored, reference_logprobs, score_batch, sum_by_row
 from temper.ops.objectives import SumCount
-from temper.ops.packed import can_pack, pack
-from temper.ops.projection import head_is_plain, head_of, packed_hidden, token_logprobs
+from temper.ops.packed import can_pack
+from temper.ops.projection import head_is_plain
 
 if TYPE_CHECKING:
     from temper.systems.causal_lm import CausalLM
@@ -128,27 +128,11 @@ def score_pairs(model: nn.Module, pairs: Sequence[PreferencePair], pad_id: int =
 
 def _score_packed(model: nn.Module, pairs: Sequence[PreferencePair]) -> Scored:
     """Every scored token, a pair's chosen row before its rejected one."""
-    device = next(model.parameters()).device
-    lines, at, target, row_of = [], [], [], []
-    for number, pair in enumerate(pairs):
-        shared = pair.num_shared
-        # Nothing is asked of a row's last token; a token at t is predicted at t - 1.
-        lines.append([row.ids[start:stop] for row, start, stop in _parts(pair, shared)])
-        at += [False] * shared
-        for side, row in enumerate((pair.chosen, pair.rejected)):
-            scored = row.scored[shared + 1 :]
-            at += scored
-            target += [token for token, wanted in zip(row.ids[shared + 1 :], scored, strict=True) if wanted]
-            row_of += [2 * number + side] * sum(scored)
-    hidden_SD, num_ids = packed_hidden(model, pack(lines, device), torch.tensor([at], device=device))
-    logp_S = token_logprobs(head_of(model), hidden_SD, torch.tensor(target, device=device), num_ids)
-    return Scored(logp_S, torch.tensor(row_of, device=device), 2 * len(pairs))
-
-
-def _parts(pair: PreferencePair, shared: int) -> list[tuple[Example, int, int]]:
-    return [(pair.chosen, 0, shared)] + [
-        (row, shared, len(row.ids) - 1) for row in (pair.chosen, pair.rejected)
+    given = [
+        Family([pair.chosen, pair.rejected], pair.num_shared, [2 * number, 2 * number + 1])
+        for number, pair in enumerate(pairs)
     ]
+    return Scored(*score_families(model, given), 2 * len(pairs))
 
 
 @dataclass(frozen=True)

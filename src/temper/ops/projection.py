@@ -169,7 +169,12 @@ def token_logprobs(head: nn.Module, hidden_SD: Tensor, target_S: Tensor, num_ids
     """
     if type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
         dtype = _compute_dtype(hidden_SD)
-        return _LinearLogprobs.apply(hidden_SD.to(dtype), head.weight, head.bias, target_S, dtype)  # type: ignore[no-any-return]
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if not torch.is_grad_enabled():
+            # A function of its own is told what requires a gradient, not whether one is taken.
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return _LinearLogprobs.apply(hidden_SD.to(dtype), weight, bias, target_S, dtype)  # type: ignore[no-any-return]
     size = _chunk_rows(num_ids)
     parts = zip(hidden_SD.split(size), target_S.split(size), strict=True)
     return torch.cat([_module_chunk(head, hidden, target) for hidden, target in parts])
