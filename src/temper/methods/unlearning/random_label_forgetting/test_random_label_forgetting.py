@@ -126,7 +126,9 @@ def test_our_own_tasks_are_right_and_never_repeat() -> None:
 def test_a_fact_is_trained_on_or_asked_and_never_both() -> None:
     for task in load_tasks(NONE, Config(num_train=200, num_test=200))[:2]:
         assert (len(task.train), len(task.test)) == (200, 200)
-        names = [{item.question.rsplit("the ")[-1].split()[0].strip("?") for item in part} for part in task[1:]]
+        names = [
+            {item.question.rsplit("the ")[-1].split()[0].strip("?") for item in part} for part in task[1:]
+        ]
         if task.name == "capitals":
             names = [{item.right for item in part} for part in task[1:]]
         assert not names[0] & names[1]
