@@ -64,12 +64,18 @@ def test_letters_that_the_output_lacks_are_spelt_out(home):
     assert r"text: \u2603" in done.stdout
 
 
+def hears_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore Ctrl-C, and this suite may have been started so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_how_to_go_on_and_does(home):
     write_pipeline(home / "slow.yaml", 0.1)
     command = [*TEMPER, "run", "slow.yaml"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(home), text=True
-    ) as process:
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(home), text=True,
+        preexec_fn=hears_ctrl_c,
+    ) as process:  # fmt: skip
         while not list((home / "runs").glob("*/steps/*/done.json")):
             assert process.poll() is None
             time.sleep(0.01)
