@@ -47,11 +47,8 @@ class DataSpec:
     fields: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.kind in ("file", "folder"):
-            return self.name
-        if self.kind == "step":
-            return ":".join([self.name, *self.fields])
-        return ":".join([self.kind, self.name, *self.fields])
+        head = [] if self.kind in ("file", "folder", "step") else [self.kind]
+        return ":".join([*head, self.name, *self.fields])
 
 
 def parse_system(text: str) -> SystemSpec:

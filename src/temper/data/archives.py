@@ -210,7 +210,7 @@ def _chunks(wheel: Path, member: str) -> Iterator[bytes]:
                 with archive.open(name) as source:
                     while chunk := source.read(MEGABYTE):
                         yield chunk
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise _damaged(wheel, error) from error
 
 

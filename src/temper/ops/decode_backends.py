@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from temper.ops.decode_cache import SlotCache, attend_by_spans
 from temper.ops.rows import Rows, publish_rows
+from temper.systems.local import PROBE_ERRORS
 
 __all__ = [
     "Backend",
@@ -319,7 +320,7 @@ def _probe(model: PreTrainedModel, device: torch.device) -> bool:
             backend.load(slot, prefilled)
         got_BV = backend.step(prompts, [ids[-1] for ids in texts], [len(ids) - 1 for ids in texts])
         plain = [model(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in texts]
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+    except PROBE_ERRORS as error:
         logger.warning("batched decoding fails on %s: %s", type(model).__name__, error)
         return False
     want_BV = torch.stack([out.logits[0, -1].float() for out in plain])

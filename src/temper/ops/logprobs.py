@@ -218,7 +218,7 @@ def reference_logprobs(system: CausalLM, examples: Sequence[Example], run: Run) 
 
 def _reads_lines(system: CausalLM, run: Run) -> bool:
     """In bf16 on a CPU, as training reads the same rows; a tree's many small passes cast every weight in each."""
-    fast = run.precision == "bf16" and not run.exact and torch.device(run.device).type == "cpu"
+    fast = run.precision == "bf16" and not run.exact and torch.device(system.device).type == "cpu"
     return fast and can_pack(system.model) and head_is_plain(system.model)
 
 
@@ -297,9 +297,8 @@ def next_token_logits(
                     totals[at_N] = logits_CV.logsumexp(-1).cpu()[node_N]
                     tops[at_N] = logits_CV.argmax(-1).cpu()[node_N]
                 kept_CK = (logits_CV if ids_K is None else logits_CV[:, ids_K]).cpu()
-                out = (
-                    out if out.shape[1] else kept_CK.new_empty(num, kept_CK.shape[1])
-                )  # the vocabulary's size
+                if not out.shape[1]:  # the vocabulary's size is known now
+                    out = kept_CK.new_empty(num, kept_CK.shape[1])
                 out[at_N] = kept_CK[node_N]
                 start += len(logits_CV)
     return out if columns is None else NextToken(out, totals, tops)

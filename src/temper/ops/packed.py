@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from temper.systems.local import PROBE_ERRORS
+
 __all__ = ["Layout", "Line", "PackedAttention", "Segment", "can_pack", "pack", "packed_forward"]
 
 NAME = "temper_packed"
@@ -344,7 +346,7 @@ def _probe(model: nn.Module) -> bool:
         warnings.filterwarnings("error", message="Position ids")
         try:
             logits, after, shifted = (packed_forward(model, line).logits[0] for line in (whole, other, moved))
-        except (_CannotPackError, TypeError, ValueError, RuntimeError, AttributeError, UserWarning):
+        except (_CannotPackError, UserWarning, *PROBE_ERRORS):
             return False
         alone = [model(input_ids=torch.tensor([second + end], device=device)).logits[0] for end in ends]
     seen = [torch.cat([logits[5:8], logits[8:10]]), torch.cat([logits[5:8], logits[10:]])]

@@ -17,6 +17,7 @@ from torch import nn
 
 from temper.core.errors import ConfigError
 from temper.core.types import Run
+from temper.ops.endings import keep_ending
 from temper.ops.objectives import Objective, SftObjective, SumCount
 from temper.ops.optim import BuildOptimizer, adamw
 from temper.ops.precision import eval_mode
@@ -48,8 +49,8 @@ def train(
 
     `epoch_items(epoch)` gives an epoch's items, always as many; `length` is an item's tokens.
     `before_step(step)` may change the objective's weights. `callback(num_steps_done)` runs in eval mode every
-    `every` steps and what it returns joins `log.curve`; `stop_when` is asked every `settings.log_every` steps. With `run.checkpoint_every` the state is kept in
-    `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
+    `every` steps and what it returns joins `log.curve`; `stop_when` is asked every `settings.log_every` steps
+    whether the loss diverged, which ends training and stands in `run.folder`. With `run.checkpoint_every` the state is kept in `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
     A step that `run.budget` does not pay for ends training; the budget says what ran out.
     Raises NumericsError at a loss or gradient that is not finite, DataError when there are no items, ConfigError for a
     budget below one step.
@@ -75,6 +76,8 @@ def train(
                     loop.log.curve.append({"step": done, **(callback(done) or {})})
             if loop.after_step(done, stop_when):
                 break
+    if loop.log.stopped_early:
+        keep_ending(run.folder, loop.log.num_steps, "the loss diverged")
     return loop.log
 
 

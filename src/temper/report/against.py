@@ -10,7 +10,7 @@ from temper.core.budget import UNITS
 from temper.core.types import Json, Row
 from temper.report.tables import HeatMap, SummaryRow, summary_table
 from temper.run.against import UNATTACKED
-from temper.run.axes import attack_chosen, each_once, is_attack_axis, own_choices
+from temper.run.axes import attack_chosen, is_attack_axis, own_choices
 from temper.run.budgets import attack_of
 
 __all__ = ["Bill", "attack_curves", "attack_maps", "bills", "is_attacked"]
@@ -79,7 +79,7 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[SummaryRow]]:
     seen = {row.metric for row in rows if is_attacked(row)}
     looks = {_label(row).get("look") for row in rows if is_attacked(row)}
     kept = [row for row in rows if is_attacked(row) or row.facts.get("step") in looks]
-    named = each_once(_all_named([row for row in kept if row.metric in seen and not row.group]))
+    named = _all_named([row for row in kept if row.metric in seen and not row.group])
     out: dict[tuple[str, str], list[SummaryRow]] = {}
     for line in summary_table(named, groups=True).rows:
         out.setdefault((line.metric, line.split), []).append(line)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from temper.core.errors import DataError
 from temper.core.types import Row
-from temper.run.axes import own_choices
+from temper.run.axes import each_once, own_choices
 from temper.store.folders import RunFolder
 
 __all__ = ["Comparison", "compare_runs"]
@@ -67,7 +67,7 @@ Collected = dict[tuple[Group, Literal["items", "seeds"]], dict[Place, float]]
 def _collect(folder: RunFolder) -> Collected:
     """Values by what they are paired on; an item's values are averaged over seeds, since they are not independent."""
     values: dict[tuple[Group, Literal["items", "seeds"]], dict[Place, list[float]]] = {}
-    for row in folder.rows():
+    for row in each_once(folder.rows()):
         if row.value is None:
             continue
         kind: Literal["items", "seeds"] = "seeds" if row.item is None else "items"

@@ -78,10 +78,9 @@ def _as_files(ref: str | Mapping[str, str], made: Mapping[str, Path]) -> str | d
         spec = parse_data(ref)
         if spec.kind != "step":
             return ref
-        files = {path.stem: str(path) for path in _files(spec.name, made)}
-        return (
-            files if not spec.fields else {part: _part_file(part, spec.name, files) for part in spec.fields}
-        )
+        if not spec.fields:
+            return _files(spec.name, made)
+        ref = {spec.fields[0]: ref}
     return {part: _of_step(part, text, made) for part, text in ref.items()}
 
 
@@ -90,25 +89,23 @@ def _of_step(part: str, text: str, made: Mapping[str, Path]) -> str:
     spec = parse_data(text)
     if spec.kind != "step":
         return text
-    files = {path.stem: str(path) for path in _files(spec.name, made)}
-    if not spec.fields and part not in files and len(files) == 1:
+    files = _files(spec.name, made)
+    if not spec.fields and len(files) == 1:
         return next(iter(files.values()))
-    return _part_file(spec.fields[0] if spec.fields else part, spec.name, files)
+    wanted = spec.fields[0] if spec.fields else part
+    if wanted not in files:
+        raise DataError(f"Step {spec.name!r} made no part {wanted!r}", cure=f"It made: {', '.join(files)}.")
+    return files[wanted]
 
 
-def _part_file(part: str, step: str, files: Mapping[str, str]) -> str:
-    if part in files:
-        return files[part]
-    raise DataError(f"Step {step!r} made no part {part!r}", cure=f"It made: {', '.join(files)}.")
-
-
-def _files(step: str, made: Mapping[str, Path]) -> list[Path]:
+def _files(step: str, made: Mapping[str, Path]) -> dict[str, str]:
+    """The parts that a step made, each with its file."""
     if step not in made:
         raise ConfigError(
             f"{step!r} is neither data nor an earlier make step",
             cure="Use builtin:NAME, asset:NAME, hub:owner/name or a .jsonl, .csv or .parquet file.",
         )
-    found = sorted(made[step].glob("*.jsonl"))
+    found = {path.stem: str(path) for path in sorted(made[step].glob("*.jsonl"))}
     if not found:
         raise DataError(f"Step {step!r} made no data", where=str(made[step]))
     return found

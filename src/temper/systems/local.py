@@ -20,15 +20,7 @@ from temper.systems.freed_memory import keep_freed_memory
 __all__ = ["CPU", "PROBE_ERRORS", "LocalSystem", "tried"]
 
 CPU = torch.device("cpu")
-PROBE_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    NotImplementedError,
-    IndexError,
-    KeyError,
-)
+PROBE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What an architecture raises for something it cannot do."""
 
 _probed: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()

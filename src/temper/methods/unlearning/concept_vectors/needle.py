@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from temper.core.types import Run
 from temper.methods.unlearning.concept_vectors.card import Config
 from temper.ops.batching import Example, collate
-from temper.ops.endings import keep_ending
 from temper.ops.logprobs import score_batch
 from temper.ops.objectives import SumCount
 from temper.ops.train import TrainLog, TrainSettings, train
@@ -100,7 +99,6 @@ def optimised(
         -log.loss[-1],
     )
     if log.stopped_early:
-        keep_ending(run.folder, log.num_steps, "the loss diverged")
         logger.warning(
             "stopped as diverged at step %d: the forget text cost %.1f nats a token, more than max_forget_nll=%g: lower lr",
             log.num_steps,

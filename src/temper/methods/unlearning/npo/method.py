@@ -14,7 +14,6 @@ from temper.data.schemas import Data
 from temper.methods.unlearning.npo import metrics, path, toy
 from temper.methods.unlearning.npo.card import LEARN, Config
 from temper.methods.unlearning.npo.training import encode_answers, outcome, prepare, tune, unlearn
-from temper.ops.endings import keep_ending
 from temper.ops.unlearning import curve_figures, train_settings
 from temper.systems.causal_lm import CausalLM
 
@@ -32,8 +31,6 @@ def fit(system: CausalLM, data: Data, config: Config, run: Run) -> Artefact:
     rows = prepare(system, data, config, run)
     with tuning(system, tune(config, run), run) as tuned:
         log, looks = unlearn(tuned, rows, config, run)
-        if log.stopped_early:
-            keep_ending(run.folder, log.num_steps, "the loss diverged")
         _write_figures(run, curve_figures(looks, config.loss) | _ending(outcome(log, config), config))
         return tuned.finish(SLUG)
 

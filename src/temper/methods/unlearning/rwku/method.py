@@ -42,7 +42,7 @@ def make(system: CausalLM | None, data: Data, config: Config, run: Run) -> Data:
 def _of_turn(records: Sequence[Any], count: int, seed: int) -> list[Any]:
     """The rows about `count` people: each further seed begins one person later, and the first comes after the last."""
     people = list(dict.fromkeys(record.extra.get("person") for record in records))
-    chosen = {people[(seed + number) % len(people)] for number in range(count)}
+    chosen = {people[(seed + number) % len(people)] for number in range(min(count, len(people)))}
     return [record for record in records if record.extra.get("person") in chosen]
 
 

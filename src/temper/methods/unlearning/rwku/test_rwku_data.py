@@ -261,4 +261,6 @@ def test_each_seed_has_the_next_person_as_its_target() -> None:
 
     assert [targets(seed) for seed in range(4)] == [{names[0]}, {names[1]}, {names[2]}, {names[0]}]
     assert targets(2, 2) == {names[2], names[0]}
-    assert targets(1, 0) == set(names)
+    assert targets(1, 0) == targets(1, 9) == set(names)
+    with pytest.raises(DataError, match="nobody to forget"):
+        make(None, people, Config(num_targets=1, subjects=("Nobody",)), Run())
