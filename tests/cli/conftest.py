@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 
-from fakes import write_methods, write_pipeline
+from fakes import own_folder, write_pipeline
 
 from temper.cli.main import main
 
@@ -53,9 +53,7 @@ BYTES = {
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEMPER_METHODS", str(write_methods(tmp_path / "methods")))
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    own_folder(tmp_path, monkeypatch)
     write_pipeline(tmp_path / "chain.yaml")
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -67,11 +65,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(capsys, command: str):
+def run(capsys, *arguments: str):
     """Exit code, stdout and stderr of one command."""
     code = 0
     try:
-        main(command.split())
+        main([word for text in arguments for word in text.split()])
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     said = capsys.readouterr()

@@ -9,9 +9,11 @@ import sys
 import time
 
 import pytest
-from fakes import CARD, write_methods, write_pipeline
+from fakes import CARD, own_folder, write_pipeline
 
 from temper.cli.main import COMMANDS, main
+
+from .conftest import run
 
 # Typer itself casts arguments with pydantic in its newer versions; that is within the 0.3 s.
 HEAVY = ("torch", "transformers", "numpy", "scipy", "rich", "pandas", "accelerate", "peft")
@@ -45,23 +47,10 @@ SCHEMAS = {
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEMPER_METHODS", str(write_methods(tmp_path / "methods")))
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    own_folder(tmp_path, monkeypatch)
     write_pipeline(tmp_path / "chain.yaml")
     (tmp_path / "my.jsonl").write_text('{"text": "1.5"}\n{"text": "2"}\n')
     return tmp_path
-
-
-def temper(capsys, *arguments):
-    """Exit code, stdout and stderr of one command."""
-    code = 0
-    try:
-        main(arguments)
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def fits(value, schema):
@@ -80,16 +69,16 @@ def fits(value, schema):
 
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_json_is_one_document_of_the_promised_form(home, capsys, command):
-    code, out, _ = temper(capsys, *command.split(), "--json")
+    code, out, _ = run(capsys, command, "--json")
     assert code == 0
     fits(json.loads(out), SCHEMAS[command])
 
 
 def test_json_of_compare_index_and_report(home, capsys):
-    temper(capsys, "run", "fake-measure", "--seeds", "0,1")
-    temper(capsys, "run", "fake-measure", "--seeds", "0,1", "--set", "num_items=5")
+    run(capsys, "run", "fake-measure", "--seeds", "0,1")
+    run(capsys, "run", "fake-measure", "--seeds", "0,1", "--set", "num_items=5")
     names = sorted(p.parent.name for p in (home / "runs").glob("*/run.json"))
-    code, out, _ = temper(capsys, "compare", *names, "--json")
+    code, out, _ = run(capsys, "compare", *names, "--json")
     assert code == 0
     keys = {
         "metric": TEXT,
@@ -101,11 +90,11 @@ def test_json_of_compare_index_and_report(home, capsys):
         "verdict": TEXT,
     }
     fits(json.loads(out), [keys])
-    code, out, _ = temper(capsys, "index", "--json")
+    code, out, _ = run(capsys, "index", "--json")
     assert code == 0
     runs = {"id": TEXT, "name": TEXT, "status": TEXT, "created": TEXT, "num_rows": int}
     fits(json.loads(out), {"index": TEXT, "runs": [runs]})
-    code, out, _ = temper(capsys, "report", names[0], "--json")
+    code, out, _ = run(capsys, "report", names[0], "--json")
     assert code == 0
     page = home / json.loads(out)["report"]
     assert "<html" in page.read_text()
@@ -151,7 +140,7 @@ def test_json_of_compare_index_and_report(home, capsys):
     ],
 )
 def test_a_bad_request_is_one_clear_error_and_exit_code_2(home, capsys, command, code, said):
-    found, out, err = temper(capsys, *command.split())
+    found, out, err = run(capsys, command)
     assert found == code
     assert said in err
     assert "Traceback" not in err
@@ -162,7 +151,7 @@ def test_a_bad_request_is_one_clear_error_and_exit_code_2(home, capsys, command,
 def test_a_failure_is_exit_code_1_and_says_how_to_see_more(home, capsys, monkeypatch):
     path = home / "methods" / "fakes" / "fake_measure" / "method.py"
     path.write_text("def measure(system, data, config, run):\n    raise RuntimeError('broken')\n")
-    code, _out, err = temper(capsys, "run", "fake-measure")
+    code, _out, err = run(capsys, "run", "fake-measure")
     assert code == 1
     assert "Unexpected RuntimeError: broken" in err
     assert "TEMPER_DEBUG=1" in err
@@ -172,10 +161,10 @@ def test_a_failure_is_exit_code_1_and_says_how_to_see_more(home, capsys, monkeyp
 
 
 def test_a_damaged_run_makes_index_fail_after_listing_the_others(home, capsys):
-    temper(capsys, "run", "fake-measure")
-    temper(capsys, "run", "fake-attack", "--recipe", "tiny")
+    run(capsys, "run", "fake-measure")
+    run(capsys, "run", "fake-attack", "--recipe", "tiny")
     (next((home / "runs").glob("fake-attack-*")) / "run.json").write_text("{")
-    code, out, err = temper(capsys, "index")
+    code, out, err = run(capsys, "index")
     assert code == 1
     assert "fake-measure-" in out
     assert "damaged: fake-attack-" in err
@@ -190,14 +179,14 @@ def test_without_a_terminal_everything_is_plain(home, capsys):
         "evidence",
         "doctor",
     ):
-        _, out, err = temper(capsys, *command.split())
+        _, out, err = run(capsys, command)
         assert "\x1b" not in out + err
         assert not set("━│╭█") & set(out + err)
 
 
 def test_the_same_command_again_says_so(home, capsys):
-    temper(capsys, "run", "chain.yaml")
-    code, _out, err = temper(capsys, "run", "chain.yaml")
+    run(capsys, "run", "chain.yaml")
+    code, _out, err = run(capsys, "run", "chain.yaml")
     assert code == 0
     assert "complete and unchanged; nothing was run" in err
 
@@ -213,7 +202,7 @@ def test_nproc_finishes_the_run_in_two_processes(home):
 
 def test_ray_without_ray_gives_the_install_line(home, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    code, _, err = temper(capsys, "run", "fake-measure", "--on", "ray")
+    code, _, err = run(capsys, "run", "fake-measure", "--on", "ray")
     assert code == 2
     assert "pip install 'temper-ml[ray]'" in err
 
@@ -269,14 +258,14 @@ def test_listing_is_fast_and_imports_nothing_heavy(tmp_path, command):
 
 
 def test_help_names_every_command_and_each_has_its_own(capsys, home):
-    _, out, _ = temper(capsys, "--help")
+    _, out, _ = run(capsys, "--help")
     for name in COMMANDS:
         assert f"  {name} " in out
-        code, text, _ = temper(capsys, name, "--help")
+        code, text, _ = run(capsys, name, "--help")
         assert code == 0
         assert "Usage" in text
 
 
 def test_version(capsys):
-    code, out, _ = temper(capsys, "--version")
+    code, out, _ = run(capsys, "--version")
     assert (code, out.split()[0]) == (0, "temper")

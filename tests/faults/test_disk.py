@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import write_methods, write_pipeline
+from fakes import own_folder, write_pipeline
 
 from temper.cli.main import main
 from temper.core.errors import StoreError
@@ -37,9 +37,7 @@ CALLS = ("write", "fsync", "replace", "mkdir", "link", "open")
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEMPER_METHODS", str(write_methods(tmp_path / "methods")))
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+    own_folder(tmp_path, monkeypatch)
     write_pipeline(tmp_path / "chain.yaml")
     (tmp_path / "training.yaml").write_text(TRAINING)
     return tmp_path

@@ -6,16 +6,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fakes import write_methods, write_pipeline
+from fakes import own_folder, write_pipeline
 
 
 @pytest.fixture
 def methods(tmp_path, monkeypatch):
-    root = write_methods(tmp_path / "methods")
-    monkeypatch.setenv("TEMPER_METHODS", str(root))
-    monkeypatch.setenv("TEMPER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return root
+    return own_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 CARD = '''"""{title}.
 
 Paper         None; a stand-in.
@@ -135,6 +137,15 @@ def write_methods(root: Path) -> Path:
         (folder / "card.py").write_text(card)
         (folder / "method.py").write_text(code)
         (folder / "recipes.yaml").write_text(RECIPES.format())
+    return root
+
+
+def own_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in `path`, with a cache of its own and these methods; gives the folder of the methods."""
+    root = write_methods(path / "methods")
+    monkeypatch.setenv("TEMPER_METHODS", str(root))
+    monkeypatch.setenv("TEMPER_CACHE", str(path / "cache"))
+    monkeypatch.chdir(path)
     return root
 
 

@@ -234,16 +234,17 @@ def test_a_step_that_choices_share_counts_once():
     assert rank_arms(rows, [Column(metric="kept", name="kept")]).lines[1].cells[0].n == 4
 
 
-def test_two_runs_pair_what_an_attack_axis_does_not_touch_once(tmp_path):
+@pytest.mark.parametrize(("axis", "other"), [("red.attack", "yz"), ("forget.lr", "xy")])
+def test_two_runs_pair_what_an_axis_does_not_touch_once(tmp_path, axis, other):
     def run(name, values, choices):
         out = RunFolder.create(tmp_path, name, {})
         facts = {"seed": 0, "step": "score", "step_hash": name}
         lines.append(out.path / "rows.jsonl", [
             row_record(Row(metric="kept", value=value, item=str(n),
-                           facts={**facts, "matrix": {"red.attack": choice}}))
+                           facts={**facts, "matrix": {axis: choice}}))
             for choice in choices for n, value in enumerate(values)
         ])  # fmt: skip
         return out
 
-    (found,) = compare_runs(run("a", [0.0] * 6, "xy"), run("b", [1.0, 2.0] * 3, "yz"))
+    (found,) = compare_runs(run("a", [0.0] * 6, "xy"), run("b", [1.0, 2.0] * 3, other))
     assert (found.n, found.pairing) == (6, "items")

@@ -37,6 +37,7 @@ def packed_linears(model: nn.Module, num_rows: int) -> Iterator[int]:
         chosen = []
     files = MappedFiles()
     try:
+        # All leave first: laid out one by one, no more than one is in memory twice.
         for module in chosen:
             files.let_go(module.weight)
         for module in chosen:
