@@ -21,7 +21,8 @@ DPO_ROWS, DPO_EPOCHS = 4, 2
 DPO_LR = {"lora": 5e-5, "full": 1e-6}
 
 
-def _chat() -> tuple[Any, list[Any]]:
+def chat_and_records() -> tuple[Any, list[Any]]:
+    """The model's template without a system prompt, and requests with their refusals."""
     from transformers import AutoTokenizer
 
     from temper.data.loading import load_data
@@ -33,7 +34,7 @@ def _chat() -> tuple[Any, list[Any]]:
 
 def rows(num: int, shortest: int = 30, longest: int = 300) -> dict[str, Any]:
     """Chats of several turns, their lengths uniform between the bounds; the assistant's turns are scored."""
-    chat, records = _chat()
+    chat, records = chat_and_records()
     draw = random.Random(7)
     out = []
     for _ in range(num + 2):
@@ -51,7 +52,7 @@ def rows(num: int, shortest: int = 30, longest: int = 300) -> dict[str, Any]:
 
 def pairs(num: int) -> dict[str, Any]:
     """Prompts of 40 to 200 tokens, several turns long, with two replies of 20 to 120 tokens each."""
-    chat, records = _chat()
+    chat, records = chat_and_records()
     draw = random.Random(8)
 
     def reply(wanted: int) -> list[int]:

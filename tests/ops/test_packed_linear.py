@@ -107,3 +107,14 @@ def test_long_jobs_pack_and_write_the_same_text(monkeypatch, lively, random_prom
     assert packed == ([] if exact else [4])
     generate(system, prompts, Sampling(max_new_tokens=2), Run())
     assert len(packed) == (0 if exact else 1)
+
+
+@torch.no_grad()
+def test_one_may_be_left_as_it_is():
+    model = build()
+    x = torch.randn(4, 160)
+    want = model(x)
+    with packed_linears(model, 4, but=model[2]) as count:
+        assert "forward" not in model[2].__dict__
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert count == 1

@@ -110,7 +110,7 @@ def test_rows_share_under_autocast_too(lively, random_prompts):
     system, run = lively("llama"), Run(precision="bf16")
     examples = passages(random_prompts)
     got = response_logprobs(system, examples, run=run)
-    with prefix_tree.reading(system, run, 0):
+    with prefix_tree.reading(system, run, 0, 0):
         assert prefix_tree.tree_works(system, 60)
     torch.testing.assert_close(got, response_logprobs(system, examples, run=Run()), atol=0.05, rtol=0.02)
 
@@ -208,11 +208,13 @@ def test_logits_come_in_chunks_of_any_size(lively, random_prompts, monkeypatch):
     torch.testing.assert_close(response_logprobs(system, examples, run=Run()), whole)
 
 
-def test_many_tokens_run_on_packed_weights_and_give_the_same(lively, random_prompts, monkeypatch):
+@pytest.mark.parametrize("head_from", [1, 1 << 30])
+def test_many_tokens_run_on_packed_weights_and_give_the_same(lively, random_prompts, monkeypatch, head_from):
     system = lively("llama")
     examples = passages(random_prompts)
     whole = response_logprobs(system, examples, run=Run())
     monkeypatch.setattr(prefix_tree, "REPACK_FROM_TOKENS", 1)
+    monkeypatch.setattr(prefix_tree, "REPACK_HEAD_FROM", head_from)
     monkeypatch.setattr("temper.ops.packed_linear.MIN_WEIGHTS", 1)
     torch.testing.assert_close(response_logprobs(system, examples, run=Run()), whole, atol=1e-5, rtol=1e-5)
 

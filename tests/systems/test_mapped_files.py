@@ -7,7 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from temper.artefacts import Tune, tuning
+from temper.core.types import Run
+from temper.systems.loading import load_base
 from temper.systems.mapped_files import MappedFiles
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's account of memory")
@@ -55,3 +59,18 @@ def test_other_memory_stays(stored):
     own = torch.randn(1 << 20)
     assert not files.let_go(own)
     assert not files.let_go(tensors["one"].view(1024, 1024).T)
+
+
+@pytest.mark.parametrize("tune", [Tune(mode="full"), Tune(r=2, frozen_dtype="bf16")])
+def test_originals_of_what_trains_are_not_in_memory(tmp_path, tune):
+    base = load_base("tiny:llama")
+    config = LlamaConfig(vocab_size=16384, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    system = base.with_(model=LlamaForCausalLM.from_pretrained(tmp_path))
+    original = system.model.model.embed_tokens.weight.data
+    values = original.clone()
+    with tuning(system, tune, Run()) as tuned:
+        assert pages_here(original) < original.nbytes / mmap.PAGESIZE / 10
+        assert torch.equal(tuned.system.model.model.embed_tokens.weight, values.to(tuned.system.model.dtype))
+    assert system.model.model.embed_tokens.weight.data.data_ptr() == original.data_ptr()
+    assert torch.equal(original, values)

@@ -24,6 +24,7 @@ from temper.core.errors import ConfigError, ModelError
 from temper.core.types import Json, Run
 from temper.ops.checkpoint import kept_buffers
 from temper.systems.anchors import is_conv1d
+from temper.systems.mapped_files import MappedFiles
 
 __all__ = ["Tune", "Tuning", "tuning"]
 
@@ -37,7 +38,7 @@ class Tune:
     """What is trained of a model. Use it as a field of a method's Config."""
 
     mode: Literal["lora", "full"] = "lora"
-    """Low-rank adapters, or the weights themselves (one more copy of what is trained in memory)."""
+    """Low-rank adapters, or the weights themselves (one more copy of what is trained, in memory unless it is a file's)."""
     r: int = 16
     """Rank of the adapters."""
     alpha: float = 32
@@ -189,11 +190,13 @@ class _FullTuning(Tuning):
         names = set(target_parameters(model, tune.targets))
         names |= set(vocabulary.weights().values()) if vocabulary else set()
         self.before: dict[str, Tensor] = {}
+        files = MappedFiles()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
             if name in names:
                 self.before[name] = parameter.data
                 parameter.data = parameter.data.clone()
+                files.let_go(self.before[name])
         self.buffers = {name: buffer.clone() for name, buffer in kept_buffers(model).items()}
 
     def _originals(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -216,8 +219,8 @@ class _FullTuning(Tuning):
 def tuning(system: Any, tune: Tune, run: Run) -> Iterator[Tuning]:
     """A `Tuning` of the system; on leaving, also after an error, the base is bit-identical again.
 
-    Starting adapters and rows come from `run.seed`. Mode "full" keeps the originals beside the
-    trained copies. Raises ConfigError for targets that match nothing.
+    Starting adapters and rows come from `run.seed`. Originals are kept beside the copies that train: out of memory
+    where they are mapped from a file, until somebody reads them. Raises ConfigError for targets that match nothing.
     """
     need_model(system, "Training")
     vocabulary = plan_vocabulary(system, tune.new_tokens, tune.reuse_ids, run.seed)
@@ -243,9 +246,12 @@ def _start(
     grown = vocabulary.grow(base) if vocabulary else base
     if tune.mode == "full":
         return _FullTuning(base, grown, vocabulary, tune)
+    files = MappedFiles()
     for parameter in model.parameters():
-        if dtype is not None and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+        if dtype not in (None, parameter.dtype) and parameter.is_floating_point():
+            original = parameter.data
+            parameter.data = original.to(dtype)
+            files.let_go(original)
     return _LoraTuning(base, grown, vocabulary, tune, seed)
 
 

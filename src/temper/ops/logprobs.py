@@ -151,7 +151,7 @@ def response_logprobs(
     # The token at t is predicted at t - 1.
     at = [[t - 1 for t, scored in enumerate(example.scored) if scored] for example in examples]
     found: list[Tensor] = [torch.zeros(0)] * len(examples)
-    with reading(system, run, sum(map(len, ids))):
+    with reading(system, run, sum(map(len, ids)), sum(map(len, at))):
         for one in tree_passes(system, ids, at, run, "log-probs"):
             target_S = torch.tensor([ids[row][t + 1] for row in one.rows for t in at[row]])
             logp_S = _target_logprobs(system.model, one, target_S)
@@ -227,7 +227,7 @@ def _line_logprobs(system: CausalLM, examples: Sequence[Example], *, run: Run) -
     _require_scored([sum(example.scored) for example in examples], range(len(examples)))
     logp_N, found = torch.zeros(len(examples)), families(examples, run.batch_tokens)
     batches = plan_batches([family.num_tokens for family in found], run, packed=True)
-    with reading(system, run, 0), all_memory_kept():
+    with reading(system, run, 0, 0), all_memory_kept():
         for batch in run.ticker(batches, total=len(batches), label="log-probs"):
             logp_S, row_S = score_families(system.model, [found[index] for index in batch])
             logp_N.index_add_(0, row_S.cpu(), logp_S.cpu())
@@ -284,7 +284,7 @@ def next_token_logits(
     )
     num = len(prompts_ids)
     out, totals, tops = torch.zeros(num, len(columns or ())), torch.zeros(num), torch.zeros(num).long()
-    with reading(system, run, sum(map(len, prompts_ids))):
+    with reading(system, run, sum(map(len, prompts_ids)), num):
         for one in tree_passes(
             system, prompts_ids, [[len(ids) - 1] for ids in prompts_ids], run, "first tokens"
         ):

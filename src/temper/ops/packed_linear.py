@@ -26,13 +26,13 @@ MIN_WEIGHTS = 1 << 14
 
 
 @contextmanager
-def packed_linears(model: nn.Module, num_rows: int) -> Iterator[int]:
-    """Inside the block the model's linear layers use packed weights; gives how many do.
+def packed_linears(model: nn.Module, num_rows: int, but: nn.Module | None = None) -> Iterator[int]:
+    """Inside the block the model's linear layers, `but` one, use packed weights; gives how many do.
 
     Nothing is packed off the CPU, in other types than float32, or above `MAX_BYTES`. For inference
     only: packed products have no gradient. Hooks see what they always see.
     """
-    chosen: list[Any] = [module for module in model.modules() if _fits(module)]
+    chosen: list[Any] = [module for module in model.modules() if module is not but and _fits(module)]
     if not torch.backends.mkldnn.is_available() or sum(m.weight.nbytes for m in chosen) > MAX_BYTES:
         chosen = []
     files = MappedFiles()

@@ -53,7 +53,9 @@ COPY_COST = 4
 CPU_TOKENS = 1024
 """Tokens of one pass on a CPU: more make it no faster, and their activations take up memory."""
 REPACK_FROM_TOKENS = 4096
-"""So many tokens in all repay laying out the weights for oneDNN."""
+"""So many tokens in all repay laying out the layers' weights for oneDNN."""
+REPACK_HEAD_FROM = 1024
+"""So many positions repay laying out the head beside the embedding, whose rows it shares in many models."""
 
 
 class TreePass(NamedTuple):
@@ -69,13 +71,17 @@ class TreePass(NamedTuple):
 
 
 @contextmanager
-def reading(system: CausalLM, run: Run, num_tokens: int) -> Iterator[None]:
-    """Inside: no gradient, no dropout, the run's precision, and fast float32 products for many tokens."""
+def reading(system: CausalLM, run: Run, num_tokens: int, num_wanted: int) -> Iterator[None]:
+    """Inside: no gradient, no dropout, the run's precision, and fast float32 products.
+
+    Weights that few go through stay as they are: `num_tokens` for the layers, `num_wanted` positions for the head.
+    """
     with eval_mode(system.model), torch.no_grad(), autocast(run):
         if run.exact or run.precision != "float32" or num_tokens < REPACK_FROM_TOKENS:
             yield
             return
-        with packed_linears(system.model, min(run.batch_tokens, CPU_TOKENS)):
+        head = system.model.get_output_embeddings() if num_wanted < REPACK_HEAD_FROM else None
+        with packed_linears(system.model, min(run.batch_tokens, CPU_TOKENS), but=head):
             yield
 
 

@@ -206,6 +206,15 @@ CARD = Card(
             paper="success rises with alpha",
         ),
         Claim(
+            id="larger-alpha-replaces-less",
+            sentence="On plain prompts fewer tokens are replaced at alpha 100 than at alpha 5.",
+            metric="plain_replaced",
+            arm="clean/alpha_100",
+            baseline="clean/alpha_5",
+            direction="lower",
+            paper="replacement falls as alpha rises",
+        ),
+        Claim(
             id="affordable",
             sentence="A token takes less than 1.5 times as long.",
             metric="time_ratio",
