@@ -136,6 +136,26 @@ def test_exact_mode_lets_every_row_stand_alone():
     assert plan_batches([3, 5, 4], Run(batch_tokens=64)) == [[1, 2, 0]]
 
 
+@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 900))
+def test_packed_batches_are_neighbours_as_few_as_fit_and_of_about_one_size(lengths, budget):
+    batches = plan_batches(lengths, Run(batch_tokens=budget), packed=True)
+    assert [index for batch in batches for index in batch] == list(range(len(lengths)))
+    assert all(len(batch) == 1 or sum(lengths[n] for n in batch) <= budget for batch in batches)
+    # As few as taking the next row while it fits, the fewest there are.
+    fewest, room = 0, 0
+    for length in lengths:
+        fewest, room = (fewest + 1, budget - length) if length > room else (fewest, room - length)
+    assert len(batches) == fewest
+
+
+def test_packed_batches_share_the_tokens_evenly():
+    assert plan_batches([100] * 12, Run(batch_tokens=1000), packed=True) == [
+        list(range(6)),
+        list(range(6, 12)),
+    ]
+    assert plan_batches([900, 50, 50, 800], Run(batch_tokens=1000), packed=True) == [[0], [1, 2, 3]]
+
+
 def test_masks_are_bool():
     batch = collate([Example([1, 2], [False, True])], 0)
     assert batch.mask_BT.dtype is torch.bool

@@ -6,6 +6,7 @@ so the first token of a row never is.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from temper.systems.chat import Rendered
 
 __all__ = [
+    "CPU_TOKENS",
     "Batch",
     "Example",
     "PromptReply",
@@ -32,6 +34,9 @@ __all__ = [
     "plan_batches",
     "token_budget_batches",
 ]
+
+CPU_TOKENS = 1024
+"""Tokens of one pass on a CPU: more make it no faster, and their activations take up memory."""
 
 TrainOn = Literal["assistant", "last", "all"]
 PromptReply = tuple[Sequence[Message], str]
@@ -194,13 +199,22 @@ def token_budget_batches(lengths: Sequence[int], budget: int, *, overhead: int =
 def plan_batches(lengths: Sequence[int], run: Run, *, packed: bool = False) -> list[list[int]]:
     """Batches by the run's token budget; in exact mode every row stands alone, so that no budget changes a bit.
 
-    `packed`: rows are read end to end, so no padding counts and their order stays.
+    `packed`: rows are read end to end, so no padding counts and their order stays; batches are of about one size.
     """
     if run.exact:
         return [[index] for index in range(len(lengths))]
     if packed:
-        return _runs(lengths, run.batch_tokens)
+        return _even_runs(lengths, run.batch_tokens)
     return token_budget_batches(lengths, run.batch_tokens)
+
+
+def _even_runs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """As few runs of neighbours as the budget allows, the longest of them as short as that leaves it."""
+    num = len(_runs(lengths, budget))
+    if num < 2:
+        return _runs(lengths, budget)
+    fits = bisect_left(range(budget), True, key=lambda least: len(_runs(lengths, least)) <= num)
+    return _runs(lengths, fits)
 
 
 def _runs(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from temper.core.errors import ConfigError
 from temper.core.types import Run
-from temper.ops.batching import plan_batches
+from temper.ops.batching import CPU_TOKENS, plan_batches
 from temper.ops.objectives import Objective, SumCount
 from temper.ops.packed import can_pack
 from temper.ops.precision import autocast, float32_products, short_attention
@@ -38,8 +39,10 @@ def split(
     if getattr(objective, "unsplittable", False):
         _check_whole(objective, lengths, run)
         return [list(range(len(lengths)))]
-    packs = getattr(objective, "packs", False) and device.type == "cpu" and can_pack(model)
-    return plan_batches(lengths, run, packed=packs)
+    if getattr(objective, "packs", False) and device.type == "cpu" and can_pack(model):
+        most = min(run.batch_tokens, CPU_TOKENS)
+        return plan_batches(lengths, replace(run, batch_tokens=most), packed=True)
+    return plan_batches(lengths, run)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ class _Bundle(NamedTuple):
         total_JSD.index_add_(1, self.key_RK.flatten(), rows.to(total_JSD.dtype))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)
 def _bundles(layout: Layout, device: torch.device) -> tuple[_Bundle, ...]:
     """The layout's blocks, those of about one size together; every layer of a pass asks for the same."""
     blocks = [

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from temper.core.errors import NeedsError
 from temper.core.types import Run
-from temper.ops.batching import pad_id, plan_batches
+from temper.ops.batching import CPU_TOKENS, pad_id, plan_batches
 from temper.ops.decode_backends import additive_mask, cache_by_position, without_hooks
 from temper.ops.hooks import is_hooked
 from temper.ops.packed_linear import packed_linears
@@ -50,8 +50,6 @@ MIN_KEPT = 16
 """Fewer tokens in common are not worth a forward pass of their own."""
 COPY_COST = 4
 """Kept tokens, copied in front of each pack of a batch, that take up the room of one new token."""
-CPU_TOKENS = 1024
-"""Tokens of one pass on a CPU: more make it no faster, and their activations take up memory."""
 REPACK_FROM_TOKENS = 4096
 """So many tokens in all repay laying out the layers' weights for oneDNN."""
 REPACK_HEAD_FROM = 1024
