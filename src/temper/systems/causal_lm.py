@@ -33,6 +33,7 @@ class CausalLM(LocalSystem):
     spec: str = ""
     given_fingerprint: str = ""
     kind: ClassVar[str] = "CausalLM"
+    rows_vary: ClassVar[bool] = True
 
     def try_capabilities(self) -> dict[str, bool]:
         """A forward pass over three tokens for each."""

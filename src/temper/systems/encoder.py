@@ -45,6 +45,7 @@ class Encoder(LocalSystem):
     documents: str = ""
     """With a query model: the fingerprint of the document side that it was trained against."""
     kind: ClassVar[str] = "Encoder"
+    rows_vary: ClassVar[bool] = True
 
     def identity(self) -> str:
         """The layout and the tokenizer."""

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,7 @@ from temper.core.card import CAPABILITIES
 from temper.systems.base import System
 from temper.systems.fingerprint import fingerprint_model
 from temper.systems.freed_memory import keep_freed_memory
+from temper.systems.kernel_cache import remember_few_products
 
 __all__ = ["CPU", "PROBE_ERRORS", "LocalSystem", "tried"]
 
@@ -29,6 +30,8 @@ _probed: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 class LocalSystem(System):
     """A system with a torch model. A kind is a frozen dataclass with these fields among its own."""
 
+    rows_vary: ClassVar[bool] = False
+    """Whether inputs differ in length from pass to pass, as texts do."""
     model: Any
     device: torch.device
     given_fingerprint: str
@@ -38,6 +41,8 @@ class LocalSystem(System):
         object.__setattr__(self, "device", torch.device(self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
+            if self.rows_vary:
+                remember_few_products()
 
     def with_(self, **changes: Any) -> Self:
         """The same system with some fields changed; the model is shared, not copied.
