@@ -12,7 +12,7 @@ from typing import Any
 
 from harness import Job, Measured, Side, model_folder, timed
 
-CHATS, STEP_ROWS = 200, 8
+CHATS, STEP_ROWS = {"lora": 200, "full": 100}, 8
 COMPARED = 3
 """Steps whose losses are compared: adapters that began with other random numbers part ways."""
 LR = {"lora": 2e-4, "full": 1e-5}
@@ -329,10 +329,10 @@ def sft_job(mode: str) -> Job:
     peers = {f"trl {name}": Side(partial(trl_sft, mode=mode, **own), "trl") for name, own in options.items()}
     return Job(
         name=f"sft-{mode}",
-        about=f"{WHAT[mode]}: {CHATS} chats, 8 a step, one epoch.",
+        about=f"{WHAT[mode]}: {CHATS[mode]} chats, 8 a step, one epoch.",
         unit="tokens/s",
         target=2.0,
-        inputs=lambda: rows(CHATS),
+        inputs=lambda: rows(CHATS[mode]),
         sides={"temper": Side(partial(temper_sft, mode=mode)), **peers},
         check=lambda outputs: first_losses_agree(outputs, {"trl padded", "trl padding-free"}, 0.05),
         limit=lambda given, limits: most_tokens(given, mode, limits),
