@@ -33,7 +33,8 @@ class CausalLM(LocalSystem):
     spec: str = ""
     given_fingerprint: str = ""
     kind: ClassVar[str] = "CausalLM"
-    rows_vary: ClassVar[bool] = True
+    products_kept: ClassVar[int] = 128
+    """The layers of a training step share some forty."""
 
     def try_capabilities(self) -> dict[str, bool]:
         """A forward pass over three tokens for each."""

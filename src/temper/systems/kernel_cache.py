@@ -6,16 +6,14 @@ Rows read end to end have a new shape in almost every step, and by default the l
 from __future__ import annotations
 
 import os
-from functools import cache
 
-__all__ = ["remember_few_products"]
+__all__ = ["VARIABLES", "remember_products"]
 
-KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""Environment variables of torch's bridge to oneDNN and of oneDNN. The layers of one step share some forty shapes."""
+VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+"""Of torch's bridge to oneDNN and of oneDNN."""
 
 
-@cache
-def remember_few_products() -> None:
-    """Once a process, before its first product: the libraries read this when they begin. What the user has set stays."""
-    for name, value in KEPT.items():
-        os.environ.setdefault(name, value)
+def remember_products(num: int) -> None:
+    """Limit both to `num` shapes, before this process's first product: they read it then. What is set already stays."""
+    for name in VARIABLES:
+        os.environ.setdefault(name, str(num))

@@ -16,7 +16,7 @@ from temper.core.card import CAPABILITIES
 from temper.systems.base import System
 from temper.systems.fingerprint import fingerprint_model
 from temper.systems.freed_memory import keep_freed_memory
-from temper.systems.kernel_cache import remember_few_products
+from temper.systems.kernel_cache import remember_products
 
 __all__ = ["CPU", "PROBE_ERRORS", "LocalSystem", "tried"]
 
@@ -30,8 +30,8 @@ _probed: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 class LocalSystem(System):
     """A system with a torch model. A kind is a frozen dataclass with these fields among its own."""
 
-    rows_vary: ClassVar[bool] = False
-    """Whether inputs differ in length from pass to pass, as texts do."""
+    products_kept: ClassVar[int] = 0
+    """Shapes of products worth remembering where inputs differ in length from pass to pass; 0 = as the libraries do."""
     model: Any
     device: torch.device
     given_fingerprint: str
@@ -41,8 +41,8 @@ class LocalSystem(System):
         object.__setattr__(self, "device", torch.device(self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
-            if self.rows_vary:
-                remember_few_products()
+            if self.products_kept:
+                remember_products(self.products_kept)
 
     def with_(self, **changes: Any) -> Self:
         """The same system with some fields changed; the model is shared, not copied.
