@@ -211,8 +211,6 @@ def plan_batches(lengths: Sequence[int], run: Run, *, packed: bool = False) -> l
 def _even_runs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """As few runs of neighbours as the budget allows, the longest of them as short as that leaves it."""
     num = len(_runs(lengths, budget))
-    if num < 2:
-        return _runs(lengths, budget)
     fits = bisect_left(range(budget), True, key=lambda least: len(_runs(lengths, least)) <= num)
     return _runs(lengths, fits)
 

@@ -50,7 +50,8 @@ def train(
     `epoch_items(epoch)` gives an epoch's items, always as many; `length` is an item's tokens.
     `before_step(step)` may change the objective's weights. `callback(num_steps_done)` runs in eval mode every
     `every` steps and what it returns joins `log.curve`; `stop_when` is asked every `settings.log_every` steps
-    whether the loss diverged, which ends training and stands in `run.folder`. With `run.checkpoint_every` the state is kept in `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
+    whether the loss diverged, which ends training and stands in `run.folder`. With `run.checkpoint_every` the state is kept in
+    `run.checkpoint`, and `run.resume` goes on from there, bit-identical to a run never stopped.
     A step that `run.budget` does not pay for ends training; the budget says what ran out.
     Raises NumericsError at a loss or gradient that is not finite, DataError when there are no items, ConfigError for a
     budget below one step.
